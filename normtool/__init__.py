@@ -1,0 +1,57 @@
+"""Finds, counts, folds and proves normalisation layers in neural-network models.
+
+    import normtool
+
+    print(normtool.scan("model.onnx"))              # every norm, and what the model stores
+    result = normtool.fold("model.onnx")            # BatchNorm folded away, proved and validated
+    result.save("folded.onnx")
+
+Results are plain values with `to_dict()` (the JSON of the command line) and print as tables.
+Nothing here imports a framework before it is needed.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normtool.api import Rewrite, apply, fold, load, plan, scan, validate
+    from normtool.errors import NormtoolError
+    from normtool.plan import Plan, Site
+    from normtool.reasons import Reason
+    from normtool.scan import Scan
+    from normtool.validate import Comparison
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    **dict.fromkeys(("Rewrite", "apply", "fold", "load", "plan", "scan", "validate"), "normtool.api"),
+    "NormtoolError": "normtool.errors",
+    "Plan": "normtool.plan",
+    "Site": "normtool.plan",
+    "Reason": "normtool.reasons",
+    "Scan": "normtool.scan",
+    "Comparison": "normtool.validate",
+}
+
+__all__ = [
+    "Comparison",
+    "NormtoolError",
+    "Plan",
+    "Reason",
+    "Rewrite",
+    "Scan",
+    "Site",
+    "apply",
+    "fold",
+    "load",
+    "plan",
+    "scan",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'normtool' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

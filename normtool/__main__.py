@@ -1,0 +1,3 @@
+from normtool.cli import main
+
+main()

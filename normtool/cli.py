@@ -1,0 +1,349 @@
+"""The command line. Data goes to stdout, everything else to stderr; errors are a line or two and an exit code.
+
+Imports of models and frameworks happen inside the commands: `normtool --help` needs click alone.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from normtool.errors import NormtoolError, OutputError, RuntimeRefused, UsageError
+
+INTERRUPTED = 130
+INTERNAL = 70
+
+_EPILOG = (
+    "Exit codes: 0 done (validate: equal) · 1 negative result · 2 usage · 3 model unreadable or refused · "
+    "4 backend or device unavailable · 5 cannot write · 70 internal · 130 interrupted."
+)
+
+
+def main() -> None:
+    """Entry point: run the command and leave with its exit code."""
+    out = _claim_stdout()
+    verbose = _count_v(sys.argv[1:])
+    try:
+        code = cli.main(standalone_mode=False, obj=out) or 0
+    except click.exceptions.Abort:
+        code = INTERRUPTED
+    except click.ClickException as error:
+        error.show(file=sys.stderr)
+        code = error.exit_code
+    except NormtoolError as error:
+        print(f"normtool: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("normtool: interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = 0
+    except Exception as error:  # the last line of defence: a bug of ours
+        if verbose >= 2:
+            traceback.print_exc()
+        first = (str(error).splitlines() or [""])[0]
+        print(f"normtool: internal error: {type(error).__name__}: {first}", file=sys.stderr)
+        print("please report it; -vv shows where it happened", file=sys.stderr)
+        code = INTERNAL
+    _leave(out, code)
+
+
+def _claim_stdout() -> TextIO:
+    """Keep stdout for data: libraries that print (the ONNX checker does, from C++) reach stderr instead."""
+    sys.stdout.flush()
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+    os.dup2(2, 1)
+    return out
+
+
+def _leave(out: TextIO, code: int) -> None:
+    try:
+        out.close()
+    except BrokenPipeError:
+        code = code or 0
+    except OSError as error:
+        print(f"normtool: standard output: {os.strerror(error.errno or 0)}", file=sys.stderr)
+        code = OutputError.exit_code
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _count_v(arguments: list[str]) -> int:
+    short = (word for word in arguments if word.startswith("-") and not word.startswith("--"))
+    return sum(word.count("v") for word in short if set(word[1:]) <= {"v", "q"}) + arguments.count("--verbose")
+
+
+Command = Callable[..., Any]
+
+
+def _common(command: Command) -> Command:
+    """Options that every command on models has."""
+    for option in (
+        click.option("-v", "--verbose", count=True, help="Say more; -vv shows tracebacks of internal errors."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress, no notes."),
+        click.option("--report", type=click.Path(path_type=Path), help="Write the JSON of the run here too."),
+        click.option(
+            "--format",
+            "style",
+            type=click.Choice(["table", "json", "csv", "markdown"]),
+            default="table",
+            show_default=True,
+            help="What goes to stdout.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _running(command: Command) -> Command:
+    """Options of commands that run models."""
+    for option in (
+        click.option("--seed", default=0, show_default=True, help="Seed of the generated inputs."),
+        click.option(
+            "--inputs", "inputs_file", type=click.Path(path_type=Path), help="Run on these arrays (.npz)."
+        ),
+        click.option(
+            "--input",
+            "input_shapes",
+            multiple=True,
+            metavar="NAME=1x3x224x224[:dtype]",
+            help="Shape of a generated input.",
+        ),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="normtool", prog_name="normtool")
+def cli() -> None:
+    """Find, count, fold and prove normalisation layers in ONNX models."""
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--optimizer",
+    type=click.Choice(["sgd", "momentum", "adam", "adamw"]),
+    help="Add the memory that training takes: weights, gradients, optimizer state, buffers.",
+)
+@_common
+@click.pass_obj
+def scan(
+    out: TextIO, model: Path, optimizer: str | None, style: str, report: Path | None, quiet: bool, verbose: int
+) -> int:
+    """Every norm layer of MODEL and what it stores."""
+    from normtool import api
+    from normtool.training import training_memory
+
+    with _progress(quiet) as progress:
+        progress.step(f"reading {model.name}")
+        result = api.scan(model)
+    document = result.to_dict()
+    extra = []
+    if optimizer:
+        memory = training_memory(result.parameters, optimizer)
+        document["training_memory"] = memory.to_dict()
+        extra.append(memory)
+    _show(out, [result, *extra], document, style, report, verbose)
+    return 0
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the folded model goes.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, proved, and write nothing.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT if it exists (safely: old or new, never neither).")
+@click.option("--freeze", is_flag=True, help="Treat initializers that are also graph inputs as constants.")
+@click.option("--no-validate", is_flag=True, help="Write without running the models.")
+@_running
+@_common
+@click.pass_obj
+def fold(
+    out: TextIO,
+    model: Path,
+    output: Path | None,
+    dry_run: bool,
+    force: bool,
+    freeze: bool,
+    no_validate: bool,
+    device: str,
+    input_shapes: tuple[str, ...],
+    inputs_file: Path | None,
+    seed: int,
+    style: str,
+    report: Path | None,
+    quiet: bool,
+    verbose: int,
+) -> int:
+    """Fold the BatchNorms of MODEL into the ops before them."""
+    from normtool import api
+    from normtool.formats.onnx.write import check_destination
+    from normtool.plan import plan_fold
+
+    if output is None and not dry_run:
+        raise UsageError("fold needs -o OUTPUT, or --dry-run to only see the plan")
+    if output is not None and not dry_run:
+        check_destination(output, force)
+    options = {"device": device, "seed": seed, "shapes": _shapes(input_shapes), "inputs_file": inputs_file}
+    with _progress(quiet) as progress:
+        progress.step(f"reading {model.name}")
+        opened = api.load(model)
+        progress.step("planning and proving")
+        made = plan_fold(opened.graph, opened.fingerprint, freeze, progress.count)
+        result = api.rewrite(opened, made)
+        verdict = "equal"
+        if output is not None and not dry_run:
+            progress.step("writing")
+            result, verdict = _write(result, output, force, None if no_validate else options, progress.step)
+    _show(out, [result], result.to_dict(), style, report, verbose)
+    if verdict == "equal":
+        return 0
+    complaint = f"the folded model is not shown to be equal ({verdict})"
+    print(f"normtool: {complaint}; {output} was not written (--no-validate writes it anyway)", file=sys.stderr)
+    return 1
+
+
+def _write(
+    result: Any,
+    output: Path,
+    force: bool,
+    options: Mapping[str, Any] | None,
+    step: Callable[[str], None],
+) -> tuple[Any, str]:
+    """Write beside the destination, validate what was written, and only then put it in place."""
+    from dataclasses import replace
+
+    from normtool.formats.onnx.read import read_path
+    from normtool.formats.onnx.run import validate_onnx
+    from normtool.formats.onnx.write import staged
+
+    with staged(result.rewritten, output, force) as stage:
+        if options is not None and result.folded:
+            written = read_path(stage.model_path)
+            try:
+                comparison = validate_onnx(result.source, written, **options, progress=step)
+            except RuntimeRefused as error:
+                raise RuntimeRefused(
+                    f"{error}\n--no-validate writes on the strength of the proofs alone"
+                ) from None
+            result = replace(result, validation=comparison)
+            if comparison.verdict != "equal":
+                return result, comparison.verdict
+        return replace(result, outputs=tuple(stage.commit())), "equal"
+
+
+@cli.command()
+@click.argument("reference", type=click.Path(path_type=Path))
+@click.argument("candidate", type=click.Path(path_type=Path))
+@_running
+@_common
+@click.pass_obj
+def validate(
+    out: TextIO,
+    reference: Path,
+    candidate: Path,
+    device: str,
+    input_shapes: tuple[str, ...],
+    inputs_file: Path | None,
+    seed: int,
+    style: str,
+    report: Path | None,
+    quiet: bool,
+    verbose: int,
+) -> int:
+    """Do REFERENCE and CANDIDATE compute the same function?
+
+    Exit code 0: equal. 1: different, or inconclusive.
+    """
+    from normtool import api
+    from normtool.formats.onnx.run import validate_onnx
+
+    with _progress(quiet) as progress:
+        progress.step("reading")
+        models = api.load(reference), api.load(candidate)
+        shapes = _shapes(input_shapes)
+        result = validate_onnx(
+            *models, device=device, seed=seed, shapes=shapes, inputs_file=inputs_file, progress=progress.step
+        )
+    _show(out, [result], result.to_dict(), style, report, verbose)
+    return 0 if result.verdict == "equal" else 1
+
+
+@cli.command()
+@click.argument("code", required=False)
+@click.pass_obj
+def explain(out: TextIO, code: str | None) -> int:
+    """What CODE means: a verdict, a reason code, or a norm such as batch_norm. Without CODE: the list."""
+    from normtool.explain import explain as text_of
+    from normtool.explain import known_codes
+
+    out.write(text_of(code) if code else "\n".join(known_codes()) + "\n")
+    return 0
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    from normtool.report.progress import Progress
+
+    visible = sys.stderr.isatty() and not quiet and not os.environ.get("CI")
+    with Progress(visible).running() as progress:
+        yield progress
+
+
+def _shapes(texts: tuple[str, ...]) -> dict[str, tuple[tuple[int, ...], str | None]]:
+    """`NAME=1x3x224x224:float16` → {"NAME": ((1, 3, 224, 224), "float16")}."""
+    shapes: dict[str, tuple[tuple[int, ...], str | None]] = {}
+    for text in texts:
+        name, _, rest = text.rpartition("=")
+        lengths, _, dtype = rest.partition(":")
+        try:
+            shapes[name] = (tuple(int(n) for n in lengths.split("x") if n), dtype or None)
+        except ValueError:
+            name = ""
+        if not name:
+            raise UsageError(f"--input {text!r}: write it as NAME=1x3x224x224 or NAME=1x3x224x224:float16")
+    return shapes
+
+
+def _show(
+    out: TextIO, results: list[Any], document: dict[str, Any], style: str, report: Path | None, verbose: int
+) -> None:
+    """The result on stdout in the style asked for, and its JSON in the report file."""
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    if report is not None:
+        _write_report(report, text)
+    if style == "json":
+        out.write(text)
+        return
+    from normtool.report.sections import sections
+    from normtool.report.table import print_tables, to_csv, to_markdown
+
+    parts = [part for result in results for part in sections(result, bool(verbose))]
+    if style == "csv":
+        out.write(to_csv(parts))
+    elif style == "markdown":
+        out.write(to_markdown(parts))
+    else:
+        from rich.console import Console
+
+        width = None if out.isatty() else 160
+        print_tables(Console(file=out, width=width, highlight=False), parts)
+
+
+def _write_report(path: Path, text: str) -> None:
+    """Atomically, as everything else is written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: {os.strerror(error.errno or 0)}") from None

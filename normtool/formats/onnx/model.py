@@ -1,0 +1,48 @@
+"""An ONNX model as normtool holds it: the skeleton, where its weights lie, and its graph."""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import onnx
+
+from normtool.formats.onnx.tensors import DataFile, TensorReader
+from normtool.graph import ModelGraph
+
+_HASH_BLOCK = 1 << 22
+
+
+@dataclass(eq=False)
+class OnnxModel:
+    """`proto` lacks what lies in `file` or in external data; `graph` describes all of it."""
+
+    proto: onnx.ModelProto
+    graph: ModelGraph
+    tensors: TensorReader
+    path: Path | None = None
+    file: DataFile | None = None
+    #: did the standard's checker accept it as read?
+    checked: bool = True
+    checker_message: str = ""
+    versions: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the graph or the place of a weight changes; cheap at any size."""
+        stamp = f"{self.file.size if self.file else 0}".encode()
+        return hashlib.sha256(self.proto.SerializeToString(deterministic=True) + stamp).hexdigest()[:16]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the .onnx file; of the serialised object where there is no file."""
+        if self.file is None:
+            return hashlib.sha256(self.proto.SerializeToString(deterministic=True)).hexdigest()
+        return hash_file(self.file)
+
+
+def hash_file(file: DataFile) -> str:
+    digest = hashlib.sha256()
+    for offset in range(0, file.size, _HASH_BLOCK):
+        digest.update(file.read(offset, min(_HASH_BLOCK, file.size - offset)))
+    return digest.hexdigest()

@@ -1,0 +1,448 @@
+"""ONNX → `ModelGraph`."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
+
+from normtool.errors import UnreadableModel
+from normtool.formats.onnx import wire
+from normtool.formats.onnx.model import OnnxModel
+from normtool.formats.onnx.tensors import DataFile, ProtoValue, TensorReader, dtype_of
+from normtool.graph import ModelGraph, Op, Role, Scope, Shape, Tensor
+from normtool.ops import UNKNOWN, find_spelling, slot_name
+from normtool.values import element_count
+
+#: "norm" in an op's name, but not as in RandomNormal.
+_SOUNDS_LIKE_A_NORM = re.compile("norm(?!al(?!i[sz]))", re.IGNORECASE)
+
+#: Domains whose operators ONNX Runtime knows, though the standard does not.
+_RUNTIME_DOMAINS = frozenset(
+    ["com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc", "org.pytorch.aten"]
+)
+
+#: Kind of a call of a function that the model itself defines.
+CALL = "call"
+
+Function = tuple[str, str, str]
+
+
+def read_path(path: Path) -> OnnxModel:
+    """Open an .onnx file; its weights stay where they are.
+
+    Raises UnreadableModel (missing, truncated, not a model, inconsistent) or UnsafeModel.
+    """
+    try:
+        file = DataFile(path)
+        proto = parse(file)
+    except IsADirectoryError:
+        raise UnreadableModel(f"{path}: is a folder; give the .onnx file in it") from None
+    except OSError as error:
+        raise UnreadableModel(f"{path}: {os.strerror(error.errno or 0)}") from None
+    if not proto.HasField("graph"):
+        raise UnreadableModel(f"{path}: is not an ONNX model (no graph in it)")
+    return read_skeleton(proto, TensorReader(file, path), path, file)
+
+
+def read_proto(proto: onnx.ModelProto) -> OnnxModel:
+    """Wrap a model in memory; it is copied, the caller's object never changes."""
+    if not proto.HasField("graph"):
+        raise UnreadableModel("the ModelProto has no graph")
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    return read_skeleton(copy, TensorReader(None, None), None, None)
+
+
+def parse(file: DataFile) -> onnx.ModelProto:
+    """The skeleton of a model file. Raises UnreadableModel where it is not one."""
+    proto = onnx.ModelProto()
+    try:
+        buffer = file.map()
+        proto.ParseFromString(wire.skeleton(buffer))
+    except (DecodeError, ValueError) as error:
+        detail = str(error).splitlines()[0] if str(error) else "malformed protobuf"
+        raise UnreadableModel(f"{file.path}: is not an ONNX file, or is truncated ({detail})") from None
+    return proto
+
+
+def read_skeleton(
+    proto: onnx.ModelProto, tensors: TensorReader, path: Path | None, file: DataFile | None
+) -> OnnxModel:
+    """Build the graph of a skeleton whose data `tensors` finds."""
+    builder = _Builder(proto, tensors)
+    try:
+        graph = builder.build()
+    except UnreadableModel as error:
+        raise type(error)(f"{path}: {error}" if path else str(error)) from None
+    message = checker_message(proto)
+    if message:
+        graph.diagnostics.append(("checker", f"the ONNX checker rejects it: {message}", ""))
+    return OnnxModel(proto, graph, tensors, path, file, not message, message, builder.versions)
+
+
+def checker_message(proto: onnx.ModelProto) -> str:
+    """The first line of the standard checker's complaint, "" where it has none.
+
+    It judges structure only, so data that lies outside the message is stood in for by a scalar.
+    """
+    skeleton = onnx.ModelProto()
+    skeleton.CopyFrom(proto)
+    for tensor in all_tensors(skeleton):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            del tensor.dims[:]
+            tensor.raw_data = bytes(16)
+    try:
+        onnx.checker.check_model(skeleton)
+    except (onnx.checker.ValidationError, EncodeError, ValueError, RuntimeError) as error:
+        return (str(error).strip().splitlines() or ["no details"])[0]
+    return ""
+
+
+def walk_nodes(proto: onnx.ModelProto) -> Iterator[tuple[GraphProto | FunctionProto, NodeProto]]:
+    """Every node with the graph or function it lies in; a node comes before its bodies."""
+    yield from _walk(proto.graph)
+    for function in proto.functions:
+        yield from _walk(function)
+
+
+def _walk(container: GraphProto | FunctionProto) -> Iterator[tuple[GraphProto | FunctionProto, NodeProto]]:
+    for node in container.node:
+        yield container, node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _walk(attribute.g)
+
+
+def all_tensors(proto: onnx.ModelProto) -> list[TensorProto]:
+    """Every TensorProto of the model: initializers and attributes, in bodies and functions too."""
+    found: list[TensorProto] = []
+    pending: list[Any] = [proto.graph, *proto.functions]
+    while pending:
+        part = pending.pop()
+        found += getattr(part, "initializer", ())
+        for sparse in getattr(part, "sparse_initializer", ()):
+            found += [sparse.values, sparse.indices]
+        for node in part.node:
+            for attribute in node.attribute:
+                found += [attribute.t] if attribute.HasField("t") else []
+                found += attribute.tensors
+                pending += [attribute.g] if attribute.HasField("g") else []
+                pending += attribute.graphs
+    return found
+
+
+class _Builder:
+    """Fills a ModelGraph from one ModelProto."""
+
+    def __init__(self, proto: onnx.ModelProto, tensors: TensorReader) -> None:
+        self.proto = proto
+        self.tensors = tensors
+        self.graph = ModelGraph()
+        self.versions = _opset_versions(proto.opset_import)
+        self.functions: dict[Function, FunctionProto] = {_function_key(f): f for f in proto.functions}
+        self.call_sites: dict[Function, dict[Function | None, int]] = {}
+        self.unrecognised: dict[tuple[str, str], str] = {}
+        #: nodes seen so far; an op's `source` is its number in the order of `walk_nodes`
+        self.visited = 0
+
+    def build(self) -> ModelGraph:
+        inferred = self._infer_shapes()
+        self._add_graph(inferred, self.proto.graph, Scope(), {}, self.versions, None)
+        for key, function in self.functions.items():
+            self._add_function(key, function)
+        self._count_calls()
+        try:
+            self.graph.sorted_ops()
+        except nx.NetworkXUnfeasible:
+            raise UnreadableModel("the graph has a cycle") from None
+        self._say_unrecognised()
+        return self.graph
+
+    def _infer_shapes(self) -> GraphProto:
+        """The graph with the shapes onnx can infer, or as it stands where it cannot."""
+        try:
+            return onnx.shape_inference.infer_shapes(self.proto).graph
+        except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
+            line = (str(error).strip().splitlines() or ["no details"])[0]
+            self.graph.diagnostics.append(("shape_inference", f"shapes could not be inferred: {line}", ""))
+            return self.proto.graph
+
+    # ---- graphs, bodies, functions --------------------------------------------------------
+
+    def _add_graph(
+        self,
+        shaped: GraphProto,
+        source: GraphProto,
+        scope: Scope,
+        outer: Mapping[str, Tensor],
+        versions: Mapping[str, int],
+        caller: Function | None,
+    ) -> list[Tensor]:
+        """Add one graph and return its outputs. `shaped` is `source` with inferred shapes."""
+        known = {info.name: info for info in (*shaped.value_info, *shaped.output)}
+        env = self._stored(source, scope)
+        for info in source.input:
+            stored = env.get(info.name)
+            if stored is None:
+                env[info.name] = self._tensor(info.name, scope, info, Role.INPUT)
+            else:
+                stored.overridable = self.proto.ir_version >= 4
+        if len({info.name for info in source.input}) != len(source.input):
+            raise UnreadableModel(f"graph {source.name!r} lists an input twice")
+        self._add_nodes(source, shaped, scope, outer, env, known, versions, caller)
+        outputs = [self._resolve(info.name, env, outer, "the list of graph outputs") for info in source.output]
+        if not scope.path:
+            self.graph.add_outputs(scope, outputs)
+        return outputs
+
+    def _add_function(self, key: Function, function: FunctionProto) -> None:
+        scope = Scope((":".join(part for part in key if part),), function=True)
+        env = {name: self._tensor(name, scope, None, Role.INPUT) for name in function.input}
+        versions = _opset_versions(function.opset_import)
+        known = {info.name: info for info in function.value_info}
+        self._add_nodes(function, function, scope, {}, env, known, versions, key)
+        outputs = [self._resolve(name, env, {}, f"function {key[1]!r}") for name in function.output]
+        self.graph.add_outputs(scope, outputs)
+
+    def _stored(self, source: GraphProto, scope: Scope) -> dict[str, Tensor]:
+        env: dict[str, Tensor] = {}
+        for proto in source.initializer:
+            if proto.name in env:
+                raise UnreadableModel(f"two initializers are called {proto.name!r}")
+            env[proto.name] = self._stored_tensor(proto.name, scope, proto)
+        for sparse in source.sparse_initializer:
+            name = sparse.values.name
+            tensor = self._stored_tensor(name, scope, sparse.values)
+            shape = tuple(int(n) for n in sparse.dims)
+            tensor.stored_elements = element_count(tensor.value.shape) if tensor.value else 0
+            tensor.shape = shape
+            tensor.value = ProtoValue(lambda s=sparse: _dense(s), shape, tensor.value.dtype)  # type: ignore
+            env[name] = tensor
+        return env
+
+    def _add_nodes(
+        self,
+        source: GraphProto | FunctionProto,
+        shaped: GraphProto | FunctionProto,
+        scope: Scope,
+        outer: Mapping[str, Tensor],
+        env: dict[str, Tensor],
+        known: Mapping[str, ValueInfoProto],
+        versions: Mapping[str, int],
+        caller: Function | None,
+    ) -> None:
+        already = set(env)
+        for node in source.node:
+            for name in filter(None, node.output):
+                if name not in env:
+                    env[name] = self._tensor(name, scope, known.get(name), Role.ACTIVATION)
+                elif node.op_type == "Constant":  # ONNX Runtime lets a constant be said twice
+                    self.graph.diagnostics.append(("defined_twice", f"{name!r} is defined twice", name))
+                else:
+                    raise UnreadableModel(f"{name!r} is defined twice")
+        in_order = True
+        for node, shaped_node in zip(source.node, shaped.node, strict=True):
+            in_order &= all(not name or name not in env or name in already for name in node.input)
+            self._add_node(node, shaped_node, scope, env, outer, versions, caller)
+            already.update(node.output)
+        if not in_order:
+            message = "the nodes are not in topological order (ONNX Runtime sorts them itself)"
+            self.graph.diagnostics.append(("not_sorted", message, str(scope)))
+
+    def _add_node(
+        self,
+        node: NodeProto,
+        shaped: NodeProto,
+        scope: Scope,
+        env: Mapping[str, Tensor],
+        outer: Mapping[str, Tensor],
+        versions: Mapping[str, int],
+        caller: Function | None,
+    ) -> None:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        version = versions.get(domain, 1)
+        found = find_spelling(domain, node.op_type, version)
+        called = (node.domain, node.op_type, node.overload)
+        kind, slots, results = UNKNOWN, ("in*",), ("y", "extra*")
+        if called in self.functions:
+            kind = CALL
+            counts = self.call_sites.setdefault(called, {})
+            counts[caller] = counts.get(caller, 0) + 1
+        elif found is not None:
+            spelling, row = found
+            kind, slots, results = row.kind, spelling.slots, row.outputs
+        else:
+            self.unrecognised.setdefault((domain, node.op_type), node.name or node.op_type)
+        name = node.name or next((output for output in node.output if output), node.op_type)
+        inputs = {
+            slot_name(slots, i): self._resolve(tensor, env, outer, f"node {name!r}")
+            for i, tensor in enumerate(node.input)
+            if tensor
+        }
+        outputs = {slot_name(results, i): env[tensor] for i, tensor in enumerate(node.output) if tensor}
+        attributes, stored = self._attributes(node, kind, env, scope)
+        if stored is not None:
+            stored.role = Role.CONSTANT
+        op = Op(name, kind, scope, node.op_type, domain, version, attributes, self.visited)
+        self.visited += 1
+        inputs |= self._bodies(node, shaped, name, scope, {**outer, **env}, versions, caller)
+        self.graph.add_op(op, inputs, outputs)
+
+    def _bodies(
+        self,
+        node: NodeProto,
+        shaped: NodeProto,
+        name: str,
+        scope: Scope,
+        visible: Mapping[str, Tensor],
+        versions: Mapping[str, int],
+        caller: Function | None,
+    ) -> dict[str, Tensor]:
+        """Enter the node's graph attributes. It reads their outputs, at `then_branch.0` and so on."""
+        reads: dict[str, Tensor] = {}
+        shapes = {attribute.name: attribute for attribute in shaped.attribute}
+        for attribute in node.attribute:
+            if not attribute.HasField("g"):
+                continue
+            inner = Scope((*scope.path, f"{name}.{attribute.name}"), scope.function)
+            shaped_body = shapes[attribute.name].g if attribute.name in shapes else attribute.g
+            outputs = self._add_graph(shaped_body, attribute.g, inner, visible, versions, caller)
+            reads |= {f"{attribute.name}.{i}": tensor for i, tensor in enumerate(outputs)}
+        return reads
+
+    # ---- tensors and attributes -----------------------------------------------------------
+
+    def _tensor(self, name: str, scope: Scope, info: ValueInfoProto | None, role: Role) -> Tensor:
+        dtype, shape = _type_of(info) if info is not None else (None, None)
+        return self.graph.add_tensor(Tensor(name, scope, role, dtype, shape))
+
+    def _stored_tensor(self, name: str, scope: Scope, proto: TensorProto) -> Tensor:
+        value = self.tensors.value(proto)
+        tensor = Tensor(name, scope, Role.CONSTANT, value.dtype, value.shape, value)
+        return self.graph.add_tensor(tensor)
+
+    def _attributes(
+        self, node: NodeProto, kind: str, env: Mapping[str, Tensor], scope: Scope
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """Plain values. A Constant node gives its output tensor the value it stores."""
+        attributes: dict[str, Any] = {}
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                attributes[attribute.name] = None  # set by the caller of the function
+            elif attribute.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
+                attributes[attribute.name] = self._attribute(attribute)
+        if kind == "cast" and attributes.get("to") is not None:
+            attributes["to"] = dtype_of(attributes["to"], node.name)
+        if kind != "constant" or not node.output or not attributes:
+            return attributes, None
+        return {}, self._store_constant(node, attributes, env[node.output[0]])
+
+    def _store_constant(self, node: NodeProto, attributes: dict[str, Any], tensor: Tensor) -> Tensor | None:
+        content = next(iter(attributes.values()))
+        if content is None or isinstance(content, str):
+            return None
+        if not hasattr(content, "rows"):
+            is_float = node.attribute[0].type in (AttributeProto.FLOAT, AttributeProto.FLOATS)
+            array = np.asarray(content, np.float32 if is_float else np.int64)
+            content = ProtoValue(lambda: array, array.shape, array.dtype)
+        tensor.value, tensor.dtype, tensor.shape = content, content.dtype, content.shape
+        return tensor
+
+    def _attribute(self, attribute: AttributeProto) -> Any:
+        match attribute.type:
+            case AttributeProto.TENSOR:
+                return self.tensors.value(attribute.t)
+            case AttributeProto.SPARSE_TENSOR:
+                values = self.tensors.value(attribute.sparse_tensor.values)
+                shape = tuple(attribute.sparse_tensor.dims)
+                return ProtoValue(lambda: _dense(attribute.sparse_tensor), shape, values.dtype)
+            case AttributeProto.STRING:
+                return attribute.s.decode(errors="replace")
+            case AttributeProto.STRINGS:
+                return [text.decode(errors="replace") for text in attribute.strings]
+            case AttributeProto.FLOAT | AttributeProto.INT:
+                return attribute.f if attribute.type == AttributeProto.FLOAT else attribute.i
+            case AttributeProto.FLOATS | AttributeProto.INTS:
+                return list(attribute.floats or attribute.ints)
+        return None
+
+    def _resolve(
+        self, name: str, env: Mapping[str, Tensor], outer: Mapping[str, Tensor], reader: str
+    ) -> Tensor:
+        tensor = env.get(name) or outer.get(name)
+        if tensor is None:
+            raise UnreadableModel(f"{reader} reads {name!r}, which nothing defines")
+        return tensor
+
+    # ---- closing --------------------------------------------------------------------------
+
+    def _count_calls(self) -> None:
+        """How often each function runs when the main graph runs once, through nested calls too."""
+        counts: dict[Function | None, int] = {None: 1}
+        calls = nx.DiGraph((caller, called) for called, sites in self.call_sites.items() for caller in sites)
+        try:
+            order = list(nx.topological_sort(calls))
+        except nx.NetworkXUnfeasible:
+            raise UnreadableModel("a function calls itself; ONNX functions may not be recursive") from None
+        for called in order:
+            sites = self.call_sites.get(called, {})
+            counts.setdefault(called, sum(counts.get(caller, 0) * n for caller, n in sites.items()))
+        for key in self.functions:
+            scope = Scope((":".join(part for part in key if part),), function=True)
+            self.graph.calls[scope] = counts.get(key, 0)
+
+    def _say_unrecognised(self) -> None:
+        for (domain, op_type), where in self.unrecognised.items():
+            label = f"{domain}::{op_type}" if domain else op_type
+            if _SOUNDS_LIKE_A_NORM.search(op_type):
+                message = f"{label} is unknown; by its name it may be a norm, and it is not counted"
+                self.graph.diagnostics.append(("unrecognised_norm", message, where))
+            elif domain not in _RUNTIME_DOMAINS and not onnx.defs.has(op_type, domain):
+                self.graph.diagnostics.append(("unknown_op", f"{label} is unknown to ONNX", where))
+
+
+def _opset_versions(imports: Any) -> dict[str, int]:
+    return {("" if entry.domain == "ai.onnx" else entry.domain): entry.version for entry in imports}
+
+
+def _function_key(function: FunctionProto) -> Function:
+    return (function.domain, function.name, function.overload)
+
+
+def _type_of(info: ValueInfoProto) -> tuple[np.dtype[Any] | None, Shape | None]:
+    """(dtype, shape); None for what is not said, a symbol for a named dimension."""
+    tensor_type = info.type.tensor_type
+    if not tensor_type.elem_type:
+        return None, None
+    dtype = dtype_of(tensor_type.elem_type, info.name)
+    if not tensor_type.HasField("shape"):
+        return dtype, None
+    return dtype, tuple(_dimension(dim) for dim in tensor_type.shape.dim)
+
+
+def _dimension(dim: Any) -> int | str | None:
+    """A length, a symbol, or None. Old exporters write −1 or 0 for "any"."""
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value) if dim.dim_value > 0 else None
+    return dim.dim_param or None
+
+
+def _dense(sparse: Any) -> Any:
+    """A SparseTensorProto written out. Indices are linear (NNZ) or per axis (NNZ, rank)."""
+    dense = np.zeros(tuple(sparse.dims), onnx.helper.tensor_dtype_to_np_dtype(sparse.values.data_type))
+    values = onnx.numpy_helper.to_array(sparse.values)
+    indices = onnx.numpy_helper.to_array(sparse.indices)
+    if indices.ndim == 1:
+        dense.reshape(-1)[indices] = values
+    else:
+        dense[tuple(indices.T)] = values
+    return dense

@@ -1,0 +1,178 @@
+"""One graph for every format: ops and tensors are both nodes, every edge carries the slot it fills.
+
+The questions that folding tools get wrong are then degree questions. Is this output read elsewhere?
+`readers(tensor)`; a graph output and an If body that captures the tensor are readers like any other.
+Is this weight shared? Again `readers`. Nothing here knows a framework or a file.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from normtool.values import Value
+
+Shape = tuple[int | str | None, ...]
+
+
+class Role(StrEnum):
+    INPUT = "input"
+    ACTIVATION = "activation"
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The main graph (`path == ()`), the body of an If, Loop or Scan, or a function."""
+
+    path: tuple[str, ...] = ()
+    function: bool = False
+
+    def __str__(self) -> str:
+        return "/".join(self.path)
+
+
+@dataclass(eq=False)
+class Tensor:
+    """One named tensor. `shape` is None where not even the rank is known.
+
+    `value` is what the file stores; a tensor *computed* from constants has none (see `constants`).
+    `overridable`: the caller may pass another value at run time, so the stored one proves nothing.
+    """
+
+    name: str
+    scope: Scope
+    role: Role = Role.ACTIVATION
+    dtype: np.dtype[Any] | None = None
+    shape: Shape | None = None
+    value: Value | None = None
+    overridable: bool = False
+    stored_elements: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.name!r})"
+
+
+@dataclass(eq=False)
+class Op:
+    """One operator with its canonical kind and attributes.
+
+    `source` is what the format reader made it from; only that format's writer looks at it.
+    """
+
+    name: str
+    kind: str
+    scope: Scope
+    spelling: str
+    domain: str = ""
+    version: int = 0
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    source: Any = None
+
+    def __repr__(self) -> str:
+        return f"Op({self.kind} {self.name!r})"
+
+
+@dataclass(frozen=True)
+class Read:
+    """One use of a tensor: `op` reads it at `slot`."""
+
+    op: Op
+    slot: str
+
+
+#: Kind of the pseudo-op that reads the outputs of a graph or function.
+GRAPH_OUTPUT = "graph_output"
+
+
+class ModelGraph:
+    """A bipartite `networkx.MultiDiGraph` of `Op` and `Tensor` nodes.
+
+    Edges run tensor → op for inputs and op → tensor for outputs; the edge key is the slot
+    (`weight`, `a`, `inputs.2`, `then_branch.0`).
+    """
+
+    def __init__(self) -> None:
+        self.nodes: nx.MultiDiGraph[Any] = nx.MultiDiGraph()
+        self.ops: list[Op] = []
+        self.tensors: list[Tensor] = []
+        self.calls: dict[Scope, int] = {}
+        #: (code, message, where) of everything the reader noticed and could live with
+        self.diagnostics: list[tuple[str, str, str]] = []
+
+    # ---- building -------------------------------------------------------------------------
+
+    def add_tensor(self, tensor: Tensor) -> Tensor:
+        self.nodes.add_node(tensor)
+        self.tensors.append(tensor)
+        return tensor
+
+    def add_op(self, op: Op, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Op:
+        self.nodes.add_node(op)
+        self.ops.append(op)
+        for slot, tensor in inputs.items():
+            self.nodes.add_edge(tensor, op, key=slot)
+        for slot, tensor in outputs.items():
+            self.nodes.add_edge(op, tensor, key=slot)
+        return op
+
+    def add_outputs(self, scope: Scope, tensors: Sequence[Tensor]) -> None:
+        """Let a pseudo-op read the outputs of a graph or function (it is not among `ops`)."""
+        op = Op("outputs", GRAPH_OUTPUT, scope, "")
+        self.nodes.add_node(op)
+        for position, tensor in enumerate(tensors):
+            self.nodes.add_edge(tensor, op, key=f"output.{position}")
+
+    # ---- asking ---------------------------------------------------------------------------
+
+    def inputs(self, op: Op) -> dict[str, Tensor]:
+        """Slot → tensor, in no particular order; absent optional inputs are absent keys."""
+        return {slot: tensor for tensor, slots in self.nodes.pred[op].items() for slot in slots}
+
+    def outputs(self, op: Op) -> dict[str, Tensor]:
+        return {slot: tensor for tensor, slots in self.nodes.succ[op].items() for slot in slots}
+
+    def input(self, op: Op, slot: str) -> Tensor | None:
+        for tensor, slots in self.nodes.pred[op].items():
+            if slot in slots:
+                return tensor  # type: ignore[no-any-return]
+        return None
+
+    def output(self, op: Op, slot: str = "y") -> Tensor:
+        """Raises KeyError when the op does not produce `slot`."""
+        return self.outputs(op)[slot]
+
+    def producer(self, tensor: Tensor) -> Op | None:
+        return next(iter(self.nodes.pred[tensor]), None)
+
+    def readers(self, tensor: Tensor) -> list[Read]:
+        return [Read(op, slot) for op, slots in self.nodes.succ[tensor].items() for slot in slots]
+
+    def rank(self, tensor: Tensor) -> int | None:
+        """Number of axes, from the recorded shape or from what an op must produce."""
+        for _ in range(64):  # a chain of elementwise ops; longer ones are simply unknown
+            if tensor.shape is not None:
+                return len(tensor.shape)
+            op = self.producer(tensor)
+            if op is None:
+                return None
+            if op.kind == "linear":
+                return 2
+            slot = {"conv": "weight", "conv_transpose": "weight", "batch_norm": "x"}.get(op.kind)
+            source = self.input(op, slot) if slot else None
+            if source is None:
+                return None
+            tensor = source
+        return None
+
+    def scopes(self) -> Iterator[Scope]:
+        yield from dict.fromkeys(op.scope for op in self.ops)
+
+    def sorted_ops(self) -> list[Op]:
+        """Ops in dataflow order. Raises `networkx.NetworkXUnfeasible` on a cycle."""
+        return [node for node in nx.topological_sort(self.nodes) if isinstance(node, Op)]

@@ -1,0 +1,114 @@
+"""What each normalisation layer is: a table from op kind to norm kind, operand roles and axes.
+
+A new norm op is a row in `ops.TABLE` and a row here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from normtool.constants import Constants
+from normtool.graph import Op, Scope, Tensor
+
+#: Axes counted from the front where the rank is known, else as the op states them.
+Axes = tuple[int, ...]
+AxesOf = Callable[[Constants, Op, int | None], Axes | None]
+
+
+@dataclass(frozen=True)
+class NormRow:
+    """`learnable` and `buffers` are slots; `evidence` is how the op came to be called a norm."""
+
+    kind: str
+    axes: AxesOf
+    learnable: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    data: str = "x"
+    evidence: str = "op"
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """One normalisation site. `eps` is None where the operator has none."""
+
+    op: Op
+    row: NormRow
+    name: str
+    axes: Axes | None
+    eps: float | None
+    learnable: tuple[Tensor, ...]
+    buffers: tuple[Tensor, ...]
+    calls: int = 1
+
+    @property
+    def kind(self) -> str:
+        return self.row.kind
+
+    @property
+    def scope(self) -> Scope:
+        return self.op.scope
+
+
+def _all_but_channels(constants: Constants, op: Op, rank: int | None) -> Axes | None:
+    """BatchNorm: over the batch and every spatial axis."""
+    return None if rank is None else (0, *range(2, rank))
+
+
+def _spatial(constants: Constants, op: Op, rank: int | None) -> Axes | None:
+    """InstanceNorm: over every spatial axis, per sample and channel."""
+    return None if rank is None else tuple(range(2, rank))
+
+
+def _grouped(constants: Constants, op: Op, rank: int | None) -> Axes | None:
+    """GroupNorm: over the channels of a group and every spatial axis, per sample."""
+    return None if rank is None else tuple(range(1, rank))
+
+
+def _channels_last_grouped(constants: Constants, op: Op, rank: int | None) -> Axes | None:
+    """The contrib GroupNorm reads N, H, W, C unless told otherwise: the axes are the same."""
+    return _grouped(constants, op, rank)
+
+
+def _from_axis_on(constants: Constants, op: Op, rank: int | None) -> Axes | None:
+    """LayerNorm, RMSNorm: from `axis` to the last."""
+    axis = int(constants.attribute(op, "axis"))
+    if rank is None:
+        return (axis,) if axis == -1 else None
+    return tuple(range(axis % rank, rank)) if rank else None
+
+
+def _last(constants: Constants, op: Op, rank: int | None) -> Axes:
+    return (-1,) if rank is None else (rank - 1,)
+
+
+def _given_axis(constants: Constants, op: Op, rank: int | None) -> Axes:
+    axis = int(constants.attribute(op, "axis"))
+    return (axis,) if rank is None else (axis % rank,)
+
+
+def _given_axes(constants: Constants, op: Op, rank: int | None) -> Axes:
+    axes = tuple(int(axis) for axis in constants.attribute(op, "axes"))
+    return axes if rank is None else tuple(axis % rank for axis in axes)
+
+
+def _channel_window(constants: Constants, op: Op, rank: int | None) -> Axes:
+    """LRN: over a window of neighbouring channels."""
+    return (1,)
+
+
+_WEIGHT_BIAS = ("weight", "bias")
+
+NORMS: Mapping[str, NormRow] = {
+    "batch_norm": NormRow("batch_norm", _all_but_channels, _WEIGHT_BIAS, ("mean", "var")),
+    "instance_norm": NormRow("instance_norm", _spatial, _WEIGHT_BIAS),
+    "layer_norm": NormRow("layer_norm", _from_axis_on, _WEIGHT_BIAS),
+    "skip_layer_norm": NormRow("layer_norm", _last, (*_WEIGHT_BIAS, "skip_bias")),
+    "embed_layer_norm": NormRow("layer_norm", _last, _WEIGHT_BIAS, data="word_embedding"),
+    "rms_norm": NormRow("rms_norm", _from_axis_on, ("weight",)),
+    "skip_rms_norm": NormRow("rms_norm", _last, ("weight", "skip_bias")),
+    "group_norm": NormRow("group_norm", _grouped, _WEIGHT_BIAS),
+    "contrib_group_norm": NormRow("group_norm", _channels_last_grouped, _WEIGHT_BIAS),
+    "skip_group_norm": NormRow("group_norm", _channels_last_grouped, (*_WEIGHT_BIAS, "skip_bias")),
+    "mean_variance_norm": NormRow("mean_variance_norm", _given_axes),
+    "lp_norm": NormRow("lp_norm", _given_axis),
+    "local_response_norm": NormRow("local_response_norm", _channel_window),
+}

@@ -1,0 +1,118 @@
+"""Verdicts and reason codes: one word per idea, stable, explained by `normtool explain CODE`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FOLDED = "folded"
+KEPT = "kept"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a site was left alone. `where` names the op or tensor that stands in the way."""
+
+    code: str
+    message: str
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        if self.code not in EXPLANATIONS:
+            raise ValueError(f"unknown reason code {self.code!r}; add it to reasons.EXPLANATIONS")
+
+    def to_dict(self) -> dict[str, str]:
+        return {"code": self.code, "message": self.message, "where": self.where}
+
+
+#: code → (what it means, what to do about it)
+EXPLANATIONS: Mapping[str, tuple[str, str]] = {
+    # ---- verdicts
+    "folded": (
+        "The norm is gone; its scale and shift now live in the constants of the ops named under `into`.",
+        "Nothing. `proof` in the JSON report says how it was checked.",
+    ),
+    "kept": (
+        "The norm is exactly where it was. Every reason is listed beside it.",
+        "Look up the reason codes with `normtool explain CODE`.",
+    ),
+    # ---- the norm itself
+    "training_mode": (
+        "The BatchNorm runs in training mode: it uses the statistics of each batch, not stored ones.",
+        "Export the model again in inference mode (model.eval() before export).",
+    ),
+    "no_running_stats": (
+        "The norm stores no mean and variance, so its output is not a fixed affine map of its input.",
+        "Nothing to fold. Track running statistics during training if a foldable norm is wanted.",
+    ),
+    "data_dependent": (
+        "The norm computes its statistics from its input at run time (LayerNorm, GroupNorm, "
+        "InstanceNorm, RMSNorm, …), so it is not an affine map and cannot be folded away.",
+        "Nothing to fold. Only BatchNorm in inference has fixed statistics.",
+    ),
+    "degenerate_stats": (
+        "γ/√(σ²+ε) is not finite: a variance is negative or NaN, or σ²+ε is 0.",
+        "Repair the statistics in the source model; a fold would write infinities.",
+    ),
+    # ---- constants
+    "dynamic_weight": (
+        "A weight, scale or statistic that would have to change is computed at run time.",
+        "Simplify the model first if that computation is really constant.",
+    ),
+    "overridable": (
+        "A stored value is also a graph input, so a caller may replace it at run time.",
+        "`--freeze` treats such values as constants and takes them off the input list.",
+    ),
+    "quantised": (
+        "The weight is stored as integers with a scale; multiplying it would mean quantising it again.",
+        "Fold BatchNorm before quantising the model.",
+    ),
+    "shared_parameter": (
+        "The stored value is used by several ops and cannot be replaced for one of them alone.",
+        "Give each op its own copy in the source model.",
+    ),
+    "range_overflow": (
+        "A folded coefficient does not fit the dtype of the weight it goes into.",
+        "Fold at float32 and convert afterwards, or keep this norm.",
+    ),
+    # ---- the way to the absorber
+    "multiple_readers": (
+        "A tensor on the way is read by another op too, which would see the folded values.",
+        "Nothing can be done exactly, unless the other reader is removed.",
+    ),
+    "graph_output": (
+        "A tensor on the way is an output of the model, so its values must stay.",
+        "Drop that output if nobody needs it.",
+    ),
+    "captured": (
+        "A tensor on the way is read from inside the body of an If, Loop or Scan.",
+        "Nothing can be done exactly while the body reads the unfolded values.",
+    ),
+    "no_producer": (
+        "The norm reads a model input (or a constant), so no op in front of it can take its scale and shift.",
+        "Normalise the input outside the model, or keep the norm.",
+    ),
+    "nonlinear": (
+        "A nonlinear op stands between the norm and the nearest op with weights.",
+        "A scale and shift do not pass backward through it; the norm stays.",
+    ),
+    "unsupported_op": (
+        "The op in front of the norm has no exact rule here (yet), or is unknown.",
+        "See docs/adding-a-rule.md if the algebra allows one.",
+    ),
+    "axis_unknown": (
+        "The rank of a tensor is unknown, so a constant cannot be told to lie along the channel axis.",
+        "Run ONNX shape inference, or export with shapes.",
+    ),
+    "axis_mismatch": (
+        "The axis the norm scales is not an axis of the weights in front of it.",
+        "Nothing: equal sizes do not make equal axes.",
+    ),
+    # ---- whole-model reasons
+    "no_dataflow": (
+        "Only weights were given; without the graph nothing can be moved.",
+        "Give the model itself (ONNX, .pt2 or a Python factory).",
+    ),
+    "internal": (
+        "A rewrite that should have been exact failed its own proof and was not made.",
+        "This is a bug in normtool: please report it with the model or its architecture.",
+    ),
+}

@@ -1,0 +1,1 @@
+"""Rendering of results: rich tables, JSON, CSV, Markdown. Nothing here decides anything."""

@@ -1,0 +1,184 @@
+"""Results as sections: a title, columns, rows of text. Every renderer starts from these."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from normtool.api import Rewrite
+from normtool.parameters import Census
+from normtool.plan import Plan, Site
+from normtool.reasons import FOLDED
+from normtool.scan import Scan
+from normtool.training import TrainingMemory
+from normtool.validate import Comparison, Difference
+
+
+@dataclass(frozen=True)
+class Section:
+    """`right` names the columns that hold numbers; `note` is one line below the table."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: frozenset[str] = frozenset()
+    note: str = ""
+
+
+def sections(result: Any, verbose: bool = False) -> list[Section]:
+    """The sections of any result. The first that has rows is the one that CSV shows."""
+    return _SECTIONS[type(result)](result, verbose)
+
+
+_COUNTS = frozenset(
+    ["count", "learnable", "buffers", "elements", "bytes", "before", "after", "change", "norms"]
+)
+
+
+def _scan(scan: Scan, verbose: bool) -> list[Section]:
+    norms = tuple(
+        (
+            norm.norm.name,
+            norm.norm.kind,
+            norm.norm.op.spelling,
+            _list(norm.norm.axes),
+            "" if norm.norm.eps is None else f"{norm.norm.eps:.3g}",
+            _count(norm.learnable),
+            _count(norm.buffers),
+            _sharing(norm.shared_with),
+        )
+        for norm in scan.norms
+    )
+    columns = ("name", "kind", "spelling", "axes", "eps", "learnable", "buffers", "shared with")
+    kinds = tuple(
+        (kind, _count(c.count), _count(c.learnable), _count(c.buffers)) for kind, c in scan.summary.items()
+    )
+    return [
+        Section("Normalisation layers", columns, norms, _COUNTS, "" if norms else "no normalisation layer"),
+        Section("By kind (shared storage once)", ("kind", "count", "learnable", "buffers"), kinds, _COUNTS),
+        Section("Parameters", ("role", "elements", "bytes"), _census_rows(scan.parameters), _COUNTS),
+        _diagnostics(scan.diagnostics),
+    ]
+
+
+def _memory(memory: TrainingMemory, verbose: bool) -> list[Section]:
+    rows = tuple((what, _count(size)) for what, size in memory.rows())
+    return [Section(f"Training memory ({memory.optimizer})", ("what", "bytes"), rows, _COUNTS)]
+
+
+def _census_rows(census: Census) -> tuple[tuple[str, str, str], ...]:
+    return (
+        ("learnable", _count(census.learnable), _count(census.learnable_bytes)),
+        ("frozen", _count(census.frozen), _count(census.frozen_bytes)),
+        ("buffers", _count(census.buffers), _count(census.buffer_bytes)),
+        ("constants", _count(census.constants), _count(census.constant_bytes)),
+    )
+
+
+def _diagnostics(diagnostics: tuple[tuple[str, str, str], ...]) -> Section:
+    rows = tuple((code, message, where) for code, message, where in diagnostics)
+    return Section("Diagnostics", ("code", "message", "where"), rows)
+
+
+def _plan(plan: Plan, verbose: bool) -> list[Section]:
+    return _sites(plan.sites, verbose)
+
+
+def _sites(sites: tuple[Site, ...], verbose: bool) -> list[Section]:
+    """Sites with reasons one by one; folded ones are summed up unless `verbose`."""
+    verdicts = Counter((site.norm.kind, site.verdict) for site in sites)
+    summary = tuple((kind, verdict, _count(n)) for (kind, verdict), n in verdicts.items())
+    shown = [site for site in sites if verbose or site.verdict != FOLDED]
+    rows = tuple(
+        (
+            site.norm.name,
+            site.verdict,
+            ", ".join(site.fold.into) if site.fold else "",
+            "; ".join(f"{reason.code}: {reason.message}" for reason in site.reasons),
+        )
+        for site in shown
+    )
+    note = "" if verbose or len(shown) == len(sites) else "-v lists the folded ones too"
+    detail = Section("Sites", ("name", "verdict", "into", "reasons"), rows, note=note if rows else "")
+    total = Section("Verdicts", ("kind", "verdict", "norms"), summary, _COUNTS, "" if rows else note)
+    return [detail, total]
+
+
+def _rewrite(rewrite: Rewrite, verbose: bool) -> list[Section]:
+    before, after = rewrite.before, rewrite.after
+    rows = tuple(
+        (role, _count(old), _count(new), f"{new - old:+,}")
+        for role, old, new in (
+            ("learnable", before.learnable, after.learnable),
+            ("buffers", before.buffers, after.buffers),
+            ("constants", before.constants, after.constants),
+        )
+    )
+    found = _sites(rewrite.sites, verbose)
+    found.append(Section("Parameters", ("role", "before", "after", "change"), rows, _COUNTS))
+    if rewrite.validation is not None:
+        found += _comparison(rewrite.validation, verbose)
+    if rewrite.outputs:
+        written = tuple((output["path"], output["sha256"]) for output in rewrite.outputs)
+        found.append(Section("Written", ("path", "sha256"), written))
+    return found
+
+
+def _comparison(comparison: Comparison, verbose: bool) -> list[Section]:
+    columns = ("output", "max abs", "max rel", "noise floor", "ratio")
+    right = frozenset(columns[1:])
+    found = [
+        Section(
+            f"Validation: {comparison.verdict}",
+            columns,
+            _differences(comparison.outputs),
+            right,
+            f"equal up to a ratio of {comparison.to_dict()['limit']:g}; "
+            f"{len(comparison.inputs)} input sets, optimisations disabled, "
+            f"{', '.join(comparison.providers['effective'])}",
+        )
+    ]
+    if comparison.sites:
+        found.append(Section("Inside, at folded sites", columns, _differences(comparison.sites), right))
+    if comparison.default_level:
+        title = "At the runtime's default optimisation level (first input set)"
+        found.append(Section(title, columns, _differences(comparison.default_level), right))
+    found.append(Section("Checks", ("check", "result"), tuple(_checks(comparison))))
+    return found
+
+
+def _checks(comparison: Comparison) -> list[tuple[str, str]]:
+    rows = [("note", note) for note in comparison.notes]
+    sensitivity = comparison.sensitivity
+    if sensitivity is not None:
+        told = f"{sensitivity.verdict}, ratio {sensitivity.ratio:.3g} ({sensitivity.site})"
+        rows.insert(0, ("1 % error planted at one site", told))
+    return rows
+
+
+def _differences(differences: tuple[Difference, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        (d.name, f"{d.max_abs:.3g}", f"{d.max_rel:.3g}", f"{d.noise_floor:.3g}", f"{d.ratio:.3g}")
+        for d in differences
+    )
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _list(axes: tuple[int, ...] | None) -> str:
+    return "?" if axes is None else ",".join(map(str, axes))
+
+
+def _sharing(names: tuple[str, ...]) -> str:
+    return "" if not names else names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+_SECTIONS: dict[type, Callable[[Any, bool], list[Section]]] = {
+    Scan: _scan,
+    Plan: _plan,
+    Rewrite: _rewrite,
+    Comparison: _comparison,
+    TrainingMemory: _memory,
+}

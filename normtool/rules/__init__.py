@@ -1,0 +1,25 @@
+"""Every rule, found by looking: each module of this package defines classes with a `kinds` tuple."""
+
+import importlib
+import pkgutil
+from functools import cache
+
+from normtool.travel import BackwardRule
+
+
+@cache
+def backward_rules() -> dict[str, BackwardRule]:
+    """Op kind → the rule that answers for it. Raises TypeError when two rules claim one kind."""
+    found: dict[str, BackwardRule] = {}
+    for module in pkgutil.iter_modules(__path__):
+        contents = vars(importlib.import_module(f"{__name__}.{module.name}"))
+        for rule in contents.values():
+            if not (isinstance(rule, type) and issubclass(rule, BackwardRule)):
+                continue
+            if rule is BackwardRule:
+                continue
+            for kind in rule.kinds:
+                if kind in found:
+                    raise TypeError(f"{kind!r} has two rules: {found[kind]} and {rule}")
+                found[kind] = rule()
+    return found

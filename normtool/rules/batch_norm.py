@@ -1,0 +1,60 @@
+"""BatchNorm in inference, met by another affine map: s₂(s₁x + t₁) + t₂ = (s₂s₁)x + (s₂t₁ + t₂)."""
+
+from normtool.affine import Affine, batch_norm
+from normtool.constants import Constants
+from normtool.graph import Op
+from normtool.reasons import Reason
+from normtool.travel import Answer, BackwardRule, Operands, Pass, Stop, mismatch
+from normtool.values import EXTENDED, Array
+
+
+class BatchNorm(BackwardRule):
+    kinds = ("batch_norm",)
+
+    def meet(self, constants: Constants, op: Op, affine: Affine) -> Answer:
+        inner = inference_affine(constants, op)
+        if isinstance(inner, Stop):
+            return inner
+        if affine.axis != inner.axis:
+            return mismatch(op, f"{op.name!r} scales axis 1, not axis {affine.axis}")
+        return Pass(inner, "x")
+
+
+def inference_affine(constants: Constants, op: Op) -> Affine | Stop:
+    """The map a BatchNorm computes with its stored statistics, or every reason why it has none."""
+    reasons = _mode_reasons(constants, op)
+    operands = Operands(constants, op)
+    gamma, beta, mean, var = (operands.wide(slot) for slot in ("weight", "bias", "mean", "var"))
+    reasons += operands.reasons
+    if not reasons and (mean is None or var is None):
+        reasons.append(Reason("no_running_stats", "it stores no mean and variance", op.name))
+    if reasons or mean is None or var is None:
+        return Stop(tuple(reasons))
+    map_ = batch_norm(
+        _given(gamma, mean, 1), _given(beta, mean, 0), mean, var, constants.attribute(op, "epsilon")
+    )
+    if not map_.finite:
+        return Stop((Reason("degenerate_stats", "γ/√(σ²+ε) or β − μ·s is not finite", op.name),))
+    return map_
+
+
+def _mode_reasons(constants: Constants, op: Op) -> list[Reason]:
+    """Every sign that the op does not use its stored statistics, over all opsets.
+
+    training_mode since 14, is_test up to 6; in between a second output meant training.
+    """
+    reasons = []
+    extra = [slot for slot in constants.graph.outputs(op) if slot != "y"]
+    old_training = op.version < 7 and not constants.attribute(op, "is_test")
+    if constants.attribute(op, "training_mode") or (extra and op.version < 14) or old_training:
+        message = "it normalises with the statistics of the batch"
+        reasons.append(Reason("training_mode", message, op.name))
+    if op.version < 9 and not constants.attribute(op, "spatial"):
+        message = "spatial=0 keeps statistics per element, not per channel"
+        reasons.append(Reason("axis_mismatch", message, op.name))
+    return reasons
+
+
+def _given(parameter: Array | None, like: Array, default: int) -> Array:
+    """An absent γ is 1 and an absent β is 0."""
+    return parameter if parameter is not None else like * 0 + EXTENDED(default)

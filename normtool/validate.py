@@ -1,0 +1,188 @@
+"""Are two models the same function, as far as the numbers can tell?
+
+A fixed tolerance proves nothing: 1e-5 is everything to a model whose output varies by 1e-6, and nothing to
+one that a rounding moves by a tenth. So the yardstick is measured. The *noise floor* is how far the reference
+itself moves when every float input and weight moves to a neighbouring number; a candidate within `LIMIT`
+floors is `equal`. And the yardstick is tried: a copy of the candidate that is wrong by 1 % at one site must
+come out `different`, else the verdict is `inconclusive`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from normtool.values import Array
+
+SCHEMA = "normtool.validation/1"
+
+EQUAL, DIFFERENT, INCONCLUSIVE = "equal", "different", "inconclusive"
+
+#: A candidate may differ from the reference by this many noise floors.
+LIMIT = 3.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One output on its worst input set.
+
+    `noise_floor` is the largest movement of the reference; `ratio` is the difference in noise floors, by its
+    largest element or by its root mean square, whichever is more.
+    """
+
+    name: str
+    max_abs: float
+    max_rel: float
+    noise_floor: float
+    ratio: float
+
+    @property
+    def verdict(self) -> str:
+        return EQUAL if self.ratio <= LIMIT else DIFFERENT
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The same comparison on a copy of the candidate that is wrong by 1 % at `site`."""
+
+    site: str
+    verdict: str
+    ratio: float
+    tried: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    verdict: str
+    outputs: tuple[Difference, ...]
+    providers: dict[str, Any]
+    seed: int
+    sensitivity: Sensitivity | None = None
+    default_level: tuple[Difference, ...] | None = None
+    #: tensors inside the models, compared only where the outputs cannot show an error of 1 %
+    sites: tuple[Difference, ...] = ()
+    inputs: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of DESIGN §7."""
+        default = None
+        if self.default_level is not None:
+            default = {
+                "verdict": worst(self.default_level),
+                "outputs": [_finite(vars(difference)) for difference in self.default_level],
+            }
+        return {
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            "outputs": [_finite(vars(difference)) for difference in self.outputs],
+            "limit": LIMIT,
+            "providers": self.providers,
+            "seed": self.seed,
+            "sensitivity": None if self.sensitivity is None else _finite(vars(self.sensitivity)),
+            "default_level": default,
+            "sites": [_finite(vars(difference)) for difference in self.sites],
+            "inputs": list(self.inputs),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        from normtool.report.table import to_text
+
+        return to_text(self)
+
+
+def _finite(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: an unbounded number is null."""
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in fields.items()}
+
+
+@dataclass(frozen=True)
+class OutputRuns:
+    """One output on one input set: the reference, the reference nudged, the candidate."""
+
+    name: str
+    reference: Array
+    nudged: Sequence[Array]
+    candidate: Array
+
+
+def compare(runs: Sequence[OutputRuns]) -> tuple[list[Difference], list[str]]:
+    """The worst difference of each output over all input sets, and notes on sets that prove nothing."""
+    worst_of: dict[str, Difference] = {}
+    notes: list[str] = []
+    for run in runs:
+        useless = _useless(run)
+        if useless:
+            notes.append(f"output {run.name!r}: {useless}; that input set proves nothing")
+            continue
+        difference = _difference(run)
+        if run.name not in worst_of or difference.ratio > worst_of[run.name].ratio:
+            worst_of[run.name] = difference
+    return list(worst_of.values()), list(dict.fromkeys(notes))
+
+
+def _useless(run: OutputRuns) -> str:
+    """Why this run cannot tell right from wrong, "" if it can. NaN = NaN is no agreement."""
+    if _has_nan(run.reference):
+        return "the reference computes NaN"
+    if any(nudged.shape != run.reference.shape for nudged in run.nudged):
+        return "its shape depends on the last bit of the input"
+    infinite = np.isinf(_wide(run.reference))
+    if any((np.isinf(_wide(nudged)) != infinite).any() for nudged in run.nudged):
+        return "it overflows or not depending on the last bit of the input"
+    return ""
+
+
+def _difference(run: OutputRuns) -> Difference:
+    if run.candidate.shape != run.reference.shape or run.candidate.dtype != run.reference.dtype:
+        return Difference(run.name, np.inf, np.inf, 0.0, np.inf)
+    reference, candidate = _wide(run.reference), _wide(run.candidate)
+    infinite = np.isinf(reference)
+    if _has_nan(run.candidate) or (candidate[infinite] != reference[infinite]).any():
+        return Difference(run.name, np.inf, np.inf, 0.0, np.inf)
+    kept = reference[~infinite]
+    largest = float(np.abs(kept).max(initial=0.0))
+    last_bit = _one_rounding(run.reference.dtype, largest)
+    gap = _distances(kept, run.candidate, infinite)
+    noise = [_distances(kept, nudged, infinite) for nudged in run.nudged]
+    floor = tuple(max(last_bit, *measured) for measured in zip(*noise, strict=True))
+    ratio = max(_in_floors(distance, unit) for distance, unit in zip(gap, floor, strict=True))
+    return Difference(run.name, gap[0], gap[0] / largest if largest else gap[0], floor[0], ratio)
+
+
+def _distances(reference: Array, other: Array, infinite: Array) -> tuple[float, float]:
+    """(largest, root mean square). One wild element makes the first, a general error the second."""
+    difference = np.abs(_wide(other)[~infinite] - reference)
+    if difference.size == 0:
+        return 0.0, 0.0
+    return float(difference.max()), float(np.sqrt(np.mean(difference**2)))
+
+
+def _in_floors(distance: float, floor: float) -> float:
+    if distance == 0:
+        return 0.0
+    return distance / floor if floor else np.inf
+
+
+def _one_rounding(dtype: np.dtype[Any], largest: float) -> float:
+    """The output's own last bit: no floor lies below it. Integers have none."""
+    if not np.issubdtype(dtype, np.floating):
+        return 0.0
+    return float(np.spacing(dtype.type(largest)))
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(np.float64)
+
+
+def _has_nan(array: Array) -> bool:
+    return bool(np.isnan(_wide(array)).any())
+
+
+def worst(differences: Sequence[Difference]) -> str:
+    """The verdict of several outputs together; nothing compared is nothing known."""
+    if not differences:
+        return INCONCLUSIVE
+    return DIFFERENT if any(d.verdict == DIFFERENT for d in differences) else EQUAL
