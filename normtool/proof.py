@@ -216,7 +216,7 @@ def ulp_distance(stored: Array, exact: Array) -> Array:
     wide = stored.astype(np.float64).astype(EXTENDED)
     _, exponent = np.frexp(np.abs(wide))
     lowest = np.maximum(exponent - 1, limits.minexp) - limits.nmant
-    return np.abs(wide - exact) / np.ldexp(EXTENDED(1), lowest)
+    return np.asarray(np.abs(wide - exact) / np.ldexp(EXTENDED(1), lowest))
 
 
 def _limits(dtype: np.dtype[Any]) -> Any:
@@ -224,7 +224,7 @@ def _limits(dtype: np.dtype[Any]) -> Any:
         return np.finfo(dtype)
     import ml_dtypes  # only models in bfloat16 and its kin pay for it
 
-    return ml_dtypes.finfo(dtype)
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
 # ---- (b) the region ---------------------------------------------------------------------------

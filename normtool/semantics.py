@@ -160,8 +160,10 @@ def _linear(attributes: Attributes, x: Array, operands: Operands, slot: str) -> 
     """alpha · A' · B' + beta · C."""
     a = x.T if attributes.get("transA", 0) else x
     b = wide(operands["b"])
-    y = attributes.get("alpha", 1.0) * (a @ (b.T if attributes.get("transB", 0) else b))
-    return y + attributes.get("beta", 1.0) * wide(operands["c"]) if "c" in operands else y
+    y: Array = attributes.get("alpha", 1.0) * (a @ (b.T if attributes.get("transB", 0) else b))
+    if "c" in operands:
+        y = y + attributes.get("beta", 1.0) * wide(operands["c"])
+    return y
 
 
 def _matmul(attributes: Attributes, x: Array, operands: Operands, slot: str) -> Array:
@@ -176,7 +178,7 @@ def _batch_norm(attributes: Attributes, x: Array, operands: Operands, slot: str)
     gamma, beta, mean, var = (
         wide(operands[name]).reshape(-1, *[1] * (x.ndim - 2)) for name in ("weight", "bias", "mean", "var")
     )
-    return (x - mean) / np.sqrt(var + attributes["epsilon"]) * gamma + beta
+    return np.asarray((x - mean) / np.sqrt(var + attributes["epsilon"]) * gamma + beta)
 
 
 def _binary(function: Callable[[Array, Array], Array]) -> Callable[..., Array]:

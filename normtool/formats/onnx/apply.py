@@ -127,7 +127,7 @@ class _Rewriter:
         before = self.producer.pop((id(container), entered))
         self.nodes[before].output[list(self.nodes[before].output).index(entered)] = left
         self.producer[id(container), left] = before
-        _delete(container.value_info, lambda info: info.name == entered)
+        _delete_named(container.value_info, {entered})
         self.displaced.update(name for name in node.input if name != entered)
         self.removed.add(number)
 
@@ -155,7 +155,7 @@ class _Rewriter:
     def freeze(self) -> None:
         """Take initializers off the list of graph inputs, so that no caller can override them."""
         stored = {tensor.name for tensor in self.main.initializer}
-        _delete(self.main.input, lambda info: info.name in stored)
+        _delete_named(self.main.input, stored)
 
     # ---- constants ------------------------------------------------------------------------
 
@@ -242,11 +242,11 @@ class _Rewriter:
 
     def _delete_stored(self, dead: set[str]) -> None:
         for container in _distinct([self.main, *self.containers]):
-            _delete(container.value_info, lambda info: info.name in dead)
+            _delete_named(container.value_info, dead)
             if isinstance(container, GraphProto):
                 gone = {tensor.name for tensor in container.initializer if tensor.name in dead}
-                _delete(container.initializer, lambda tensor, gone=gone: tensor.name in gone)
-                _delete(container.input, lambda info, gone=gone: info.name in gone)
+                _delete_named(container.initializer, gone)
+                _delete_named(container.input, gone)
 
 
 def _stored(
@@ -280,6 +280,10 @@ def _delete(repeated: Any, condemned: Callable[[Any], bool]) -> None:
     """Remove elements in place; rebuilding the list would copy every tensor in it."""
     for index in reversed([i for i, element in enumerate(repeated) if condemned(element)]):
         del repeated[index]
+
+
+def _delete_named(repeated: Any, names: set[str]) -> None:
+    _delete(repeated, lambda element: element.name in names)
 
 
 def _count_reads(proto: onnx.ModelProto, nodes: Iterable[NodeProto]) -> Counter[str]:

@@ -272,7 +272,9 @@ class _Builder:
         version = versions.get(domain, 1)
         found = find_spelling(domain, node.op_type, version)
         called = (node.domain, node.op_type, node.overload)
-        kind, slots, results = UNKNOWN, ("in*",), ("y", "extra*")
+        kind = UNKNOWN
+        slots: tuple[str, ...] = ("in*",)
+        results: tuple[str, ...] = ("y", "extra*")
         if called in self.functions:
             kind = CALL
             counts = self.call_sites.setdefault(called, {})

@@ -82,7 +82,7 @@ class ProtoValue:
 
 
 #: TensorProto.DataType → the typed field that holds it
-_TYPED_FIELDS = {
+_TYPED_FIELDS: Mapping[int, str] = {
     TensorProto.FLOAT: "float_data",
     TensorProto.COMPLEX64: "float_data",
     TensorProto.DOUBLE: "double_data",

@@ -161,7 +161,8 @@ def _inflate(
     message: str,
     resolve: Callable[[dict[str, str]], Value],
 ) -> list[Piece]:
-    marker, pieces, copied = LAZY.encode(), [], start
+    marker, copied = LAZY.encode(), start
+    pieces: list[Piece] = []
     descent = _DESCENT.get(message, {})
     for field in fields(buffer, start, end):
         inner = descent.get(field.number)

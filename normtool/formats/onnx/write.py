@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ from normtool.formats.onnx import wire
 from normtool.formats.onnx.model import OnnxModel
 from normtool.formats.onnx.read import all_tensors, parse
 from normtool.formats.onnx.tensors import DataFile, FileValue
-from normtool.values import Value, bits_per_element, byte_count, row_blocks, to_array
+from normtool.values import Array, Value, bits_per_element, byte_count, row_blocks, to_array
 
 #: Protobuf stops here; more goes into external data.
 MAX_PROTO_BYTES = 2**31 - 1
@@ -154,7 +155,7 @@ def _needs_external_data(model: OnnxModel) -> bool:
     tensors = all_tensors(model.proto)
     if any(_is_external(tensor) and not _is_lazy(tensor) for tensor in tensors):
         return True
-    inside = model.proto.ByteSize() + sum(_lazy_bytes(tensor, model) for tensor in tensors)
+    inside: int = model.proto.ByteSize() + sum(_lazy_bytes(tensor, model) for tensor in tensors)
     return inside >= MAX_PROTO_BYTES
 
 
@@ -234,7 +235,7 @@ def _write_pieces(path: Path, pieces: list[wire.Piece], durable: bool) -> Callab
                 _copy(piece, descriptor)
             else:
                 for start, stop in row_blocks(piece):
-                    _write_all(descriptor, piece.rows(start, stop).tobytes())
+                    _write_all(descriptor, np.ascontiguousarray(piece.rows(start, stop)))
             hasher.advance(os.lseek(descriptor, 0, os.SEEK_CUR))
         if durable:
             os.fsync(descriptor)
@@ -287,8 +288,10 @@ class _Hasher:
                 self._hashed += len(part)
 
 
-def _write_all(descriptor: int, content: bytes) -> None:
-    view = memoryview(content)
+def _write_all(descriptor: int, content: bytes | Array) -> None:
+    # the detour over uint8 is for dtypes that the buffer protocol does not know (bfloat16)
+    raw: Any = content if isinstance(content, bytes) else content.reshape(-1).view(np.uint8)
+    view = memoryview(raw)
     while view:
         view = view[os.write(descriptor, view) :]
 
