@@ -1,0 +1,47 @@
+"""Fixtures: the corpus of real models, the command line as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+#: A folder of real model files with a manifest of what an independent reader found in them.
+CORPUS = Path(os.environ.get("NORMTOOL_CORPUS", ROOT.parent / "shared" / "models"))
+
+
+def manifest() -> list[dict[str, Any]]:
+    """The corpus entries that are ONNX files; empty where the corpus is absent."""
+    path = CORPUS / "manifest.json"
+    if not path.exists():
+        return []
+    return [entry for entry in json.loads(path.read_text()) if entry["format"] == "onnx"]
+
+
+def corpus_cases(wanted: Callable[[dict[str, Any]], bool] = lambda entry: True) -> list[Any]:
+    """pytest parameters, one per corpus file; a single visible skip where the corpus is absent."""
+    entries = [entry for entry in manifest() if wanted(entry)]
+    if not entries:
+        reason = f"no model corpus at {CORPUS}; set NORMTOOL_CORPUS"
+        return [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="no-corpus")]
+    return [pytest.param(entry, id=Path(entry["file"]).name) for entry in entries]
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def normtool() -> Run:
+    """Run the command line in a process of its own, as a shell would."""
+
+    def run(*arguments: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "normtool", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
+
+    return run
