@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normtool.api import Rewrite, apply, fold, load, plan, scan, validate
+    from normtool.comparison import Comparison
     from normtool.errors import NormtoolError
-    from normtool.plan import Plan, Site
+    from normtool.planner import Plan, Site
     from normtool.reasons import Reason
-    from normtool.scan import Scan
-    from normtool.validate import Comparison
+    from normtool.scanning import Scan
 
 __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(("Rewrite", "apply", "fold", "load", "plan", "scan", "validate"), "normtool.api"),
     "NormtoolError": "normtool.errors",
-    "Plan": "normtool.plan",
-    "Site": "normtool.plan",
+    "Plan": "normtool.planner",
+    "Site": "normtool.planner",
     "Reason": "normtool.reasons",
-    "Scan": "normtool.scan",
-    "Comparison": "normtool.validate",
+    "Scan": "normtool.scanning",
+    "Comparison": "normtool.comparison",
 }
 
 __all__ = [

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from normtool.comparison import Comparison
 from normtool.constants import Constants
 from normtool.detect import find_norms
 from normtool.errors import UsageError
@@ -18,10 +19,9 @@ from normtool.formats.onnx.model import OnnxModel
 from normtool.formats.onnx.read import read_path, read_proto
 from normtool.formats.onnx.write import staged, to_proto
 from normtool.parameters import Census, census
-from normtool.plan import Plan, Site, plan_fold
+from normtool.planner import Plan, Site, plan_fold
 from normtool.reasons import FOLDED
-from normtool.scan import Scan, scan_graph
-from normtool.validate import Comparison
+from normtool.scanning import Scan, scan_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -162,7 +162,7 @@ def validate(
     device: str = "cpu",
     seed: int = 0,
 ) -> Comparison:
-    """Do two models compute the same function? See `normtool.validate` for how that is judged.
+    """Do two models compute the same function? `normtool.comparison` says how that is judged.
 
     Raises RuntimeRefused when ONNX Runtime cannot run the reference, BackendUnavailable without the device.
     """

@@ -186,7 +186,7 @@ def fold(
     """Fold the BatchNorms of MODEL into the ops before them."""
     from normtool import api
     from normtool.formats.onnx.write import check_destination
-    from normtool.plan import plan_fold
+    from normtool.planner import plan_fold
 
     if output is None and not dry_run:
         raise UsageError("fold needs -o OUTPUT, or --dry-run to only see the plan")

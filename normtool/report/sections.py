@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from normtool.api import Rewrite
+from normtool.comparison import Comparison, Difference
 from normtool.parameters import Census
-from normtool.plan import Plan, Site
+from normtool.planner import Plan, Site
 from normtool.reasons import FOLDED
-from normtool.scan import Scan
+from normtool.scanning import Scan
 from normtool.training import TrainingMemory
-from normtool.validate import Comparison, Difference
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,23 @@ def _sites(sites: tuple[Site, ...], verbose: bool) -> list[Section]:
     note = "" if verbose or len(shown) == len(sites) else "-v lists the folded ones too"
     detail = Section("Sites", ("name", "verdict", "into", "reasons"), rows, note=note if rows else "")
     total = Section("Verdicts", ("kind", "verdict", "norms"), summary, _COUNTS, "" if rows else note)
-    return [detail, total]
+    return [detail, total, *_proofs(sites)]
+
+
+def _proofs(sites: tuple[Site, ...]) -> list[Section]:
+    """The evidence of all folds together; one proof may cover several norms of a chain."""
+    proofs = {id(site.fold): site.fold.proof for site in sites if site.fold}.values()
+    if not proofs:
+        return []
+    rows = (
+        (
+            "stored coefficients, each against its exact value",
+            f"{sum(p.coefficients for p in proofs):,} checked",
+        ),
+        ("… farthest from it", f"{max(p.worst_ulp for p in proofs):.3g} ulp"),
+        ("… regions in float64, largest relative difference", f"{max(p.region_error for p in proofs):.1e}"),
+    )
+    return [Section("Proof at the sites", ("check", "result"), rows)]
 
 
 def _rewrite(rewrite: Rewrite, verbose: bool) -> list[Section]:

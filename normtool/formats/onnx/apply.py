@@ -18,7 +18,7 @@ from normtool.formats.onnx.read import read_skeleton, walk_nodes
 from normtool.formats.onnx.wire import PENDING
 from normtool.graph import Op, Scope
 from normtool.ops import ROWS, find_spelling
-from normtool.plan import Plan
+from normtool.planner import Plan
 from normtool.values import Value, bits_per_element, byte_count, to_array
 
 Container = GraphProto | FunctionProto

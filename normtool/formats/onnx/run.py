@@ -13,6 +13,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from normtool.comparison import (
+    DIFFERENT,
+    EQUAL,
+    INCONCLUSIVE,
+    Comparison,
+    Difference,
+    OutputRuns,
+    Sensitivity,
+    compare,
+    worst,
+)
 from normtool.constants import Constants
 from normtool.detect import find_norms
 from normtool.edits import Rebind
@@ -25,17 +36,6 @@ from normtool.inputs import Shapes, attempts, is_dynamic, nudge
 from normtool.norms import NORMS
 from normtool.parameters import roles
 from normtool.reasons import Reason
-from normtool.validate import (
-    DIFFERENT,
-    EQUAL,
-    INCONCLUSIVE,
-    Comparison,
-    Difference,
-    OutputRuns,
-    Sensitivity,
-    compare,
-    worst,
-)
 from normtool.values import Array, Scaled, Value, element_count, is_float, row_blocks
 
 #: Seconds that one child process may take.
@@ -44,7 +44,7 @@ TIME_LIMIT = 900.0
 #: Seeds of the nudged references.
 NUDGES = (1, 2)
 
-#: How many sites are tried until a planted error of 1 % is seen.
+#: How many sites are tried until a planted error of 1 % is seen at the outputs.
 SITES_TRIED = 3
 
 #: How many tensors inside the models are compared where the outputs are blind.
@@ -68,7 +68,7 @@ def validate_onnx(
     time_limit: float = TIME_LIMIT,
     progress: Progress = lambda step: None,
 ) -> Comparison:
-    """Run both models and compare (see `normtool.validate`).
+    """Run both models and compare (see `normtool.comparison`).
 
     Raises RuntimeRefused (ONNX Runtime refuses the reference, crashes or takes too long),
     BackendUnavailable (no such device), UsageError (inputs that do not fit the models).
@@ -142,7 +142,7 @@ class _Validation:
         verdict, sensitivity = worst(differences), None
         sites: list[Difference] = []
         if verdict != DIFFERENT:
-            sensitivity = self._sensitivity(self._suspects())
+            sensitivity = self._sensitivity(_spaced(self._suspects(), SITES_TRIED))
             if sensitivity is None or sensitivity.verdict != DIFFERENT:
                 verdict, sensitivity, sites = self._second_stage(sensitivity)
         return Comparison(
@@ -220,7 +220,7 @@ class _Validation:
     def _sensitivity(self, suspects: Sequence[Tensor]) -> Sensitivity | None:
         """Plant an error of 1 % and see whether it is found; a site may be dead, so a few are tried."""
         last: Sensitivity | None = None
-        for tried, tensor in enumerate(_spaced(suspects, SITES_TRIED), start=1):
+        for tried, tensor in enumerate(suspects, start=1):
             self.progress("planting an error of 1 %")
             assert tensor.value is not None
             wrong = self._variant(self.candidate, "wrong", {tensor.name: _wrong_by_one_percent(tensor.value)})

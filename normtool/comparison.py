@@ -20,7 +20,7 @@ SCHEMA = "normtool.validation/1"
 EQUAL, DIFFERENT, INCONCLUSIVE = "equal", "different", "inconclusive"
 
 #: A candidate may differ from the reference by this many noise floors.
-LIMIT = 3.0
+LIMIT = 4.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,193 @@
+"""Two hundred real files that nobody here wrote: scanned against an independent count, folded, validated."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+import normtool
+from normtool.errors import UnreadableModel
+from tests.conftest import CORPUS, corpus_cases
+
+Entry = dict[str, Any]
+
+#: Broken files; tests/test_malformed.py says of each what is wrong with it.
+UNREADABLE = (
+    "bad_graph_with_dup_value_info.onnx",
+    "ext_weights.onnx",
+    "weightless.matmul.fp16.onnx",
+    "weightless.qdq_conv.onnx",
+    "weightless.sparse.conv.onnx",
+    "weightless.transpose_matmul.onnx",
+    "icm-31000000518082.onnx",
+    "test_evil_weights.onnx",
+    "name_collision_models_foobar.onnx",
+)
+
+#: Backward-foldable by the reference, but not ours to fold unasked: a caller may override the parameters.
+OVERRIDABLE = "ultraface-slim320"
+
+
+def _readable(entry: Entry) -> bool:
+    return not entry["file"].endswith(UNREADABLE)
+
+
+def _path(entry: Entry) -> Path:
+    return CORPUS / str(entry["file"])
+
+
+@pytest.mark.parametrize("entry", corpus_cases(_readable))
+def test_scan_counts_what_the_manifest_counts(entry: Entry) -> None:
+    scan = normtool.scan(_path(entry))
+    assert Counter(norm.norm.op.spelling for norm in scan.norms) == entry["norm"]
+    for spelling, expected in entry["norm_params"].items():
+        own = [norm for norm in scan.norms if norm.norm.op.spelling == spelling]
+        counted = {
+            "count": len(own),
+            "learnable": sum(norm.learnable for norm in own),
+            "buffer": sum(norm.buffers for norm in own),
+            "nonconst_params": sum(norm.computed for norm in own),
+        }
+        assert counted == {key: expected[key] for key in counted}
+
+
+@pytest.mark.parametrize(
+    "entry", corpus_cases(lambda entry: _readable(entry) and len(entry["norm_params"]) == 1)
+)
+def test_scan_counts_shared_storage_once(entry: Entry) -> None:
+    scan = normtool.scan(_path(entry))
+    (expected,) = entry["norm_params"].values()
+    (count,) = scan.summary.values()
+    assert (count.learnable, count.buffers) == (expected["unique_learnable"], expected["unique_buffer"])
+
+
+#: Where the manifest counts otherwise. It leaves out Constant nodes that give `value_ints` or `value_float`
+#: and no tensor (124 numbers), and counts twice 48 scalars whose Constant nodes are there twice.
+NOT_IN_MANIFEST = {"mobilenetv2-reid_op18_bn_external.onnx": 124, "gpt2_past.onnx": -48}
+
+
+@pytest.mark.parametrize("entry", corpus_cases(_readable))
+def test_every_stored_element_has_one_role(entry: Entry) -> None:
+    census = normtool.scan(_path(entry)).parameters
+    extra = NOT_IN_MANIFEST.get(_path(entry).name, 0)
+    assert census.learnable + census.buffers + census.constants == entry["elements"] + extra
+
+
+@pytest.mark.parametrize("entry", corpus_cases(lambda entry: entry["file"].endswith(UNREADABLE)))
+def test_what_cannot_be_read_is_refused_in_one_line(entry: Entry) -> None:
+    with pytest.raises(UnreadableModel) as caught:
+        normtool.scan(_path(entry))
+    assert str(caught.value).count("\n") == 0
+    assert _path(entry).name in str(caught.value)
+
+
+# ---- folding ----------------------------------------------------------------------------------
+
+
+def _foldable(entry: Entry) -> int:
+    return sum(n for why, n in (entry.get("bn_fold_reference") or {}).items() if why.startswith("yes"))
+
+
+def _kept(result: normtool.Rewrite) -> int:
+    return sum(site.norm.kind == "batch_norm" and site.verdict == "kept" for site in result.sites)
+
+
+@pytest.mark.parametrize("entry", corpus_cases(lambda entry: "BatchNormalization" in entry["norm"]))
+def test_fold_leaves_no_more_than_the_reference(entry: Entry) -> None:
+    freeze = entry["id"] == OVERRIDABLE
+    result = normtool.fold(_path(entry), validate=False, freeze=freeze)
+    assert _kept(result) <= entry["norm"]["BatchNormalization"] - _foldable(entry)
+    assert all(site.reasons for site in result.sites if site.verdict == "kept")
+
+
+@pytest.mark.parametrize("entry", corpus_cases(lambda entry: entry["id"] == OVERRIDABLE))
+def test_parameters_a_caller_may_override_are_not_folded_unasked(entry: Entry) -> None:
+    result = normtool.fold(_path(entry), validate=False)
+    assert result.folded == 0
+    assert {reason.code for site in result.sites for reason in site.reasons} == {"overridable"}
+
+
+def _runs_and_folds(entry: Entry) -> bool:
+    return "BatchNormalization" in entry["norm"] and entry.get("ort_run") == "ok"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", corpus_cases(_runs_and_folds))
+def test_what_is_folded_validates_equal(entry: Entry) -> None:
+    result = normtool.fold(_path(entry), freeze=entry["id"] == OVERRIDABLE)
+    if not result.folded:
+        assert result.validation is None
+        return
+    assert result.validation is not None
+    assert result.validation.verdict == "equal"
+    assert result.validation.sensitivity is not None
+    assert result.validation.sensitivity.verdict == "different"
+
+
+@pytest.mark.parametrize("entry", corpus_cases(lambda entry: _foldable(entry) > 0))
+def test_folding_twice_changes_nothing(entry: Entry) -> None:
+    once = normtool.fold(_path(entry), validate=False)
+    twice = normtool.fold(once.model, validate=False)
+    assert twice.folded == 0
+    assert twice.model.SerializeToString(deterministic=True) == once.model.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("entry", corpus_cases(lambda entry: entry.get("checker") == "ok" and _foldable(entry)))
+def test_the_checker_accepts_what_it_accepted(entry: Entry) -> None:
+    onnx.checker.check_model(normtool.fold(_path(entry), validate=False).model)
+
+
+# ---- the standard's own node tests ------------------------------------------------------------
+
+
+def _node_test(entry: Entry) -> bool:
+    return entry["id"] == "g-onnx-node-dev" and bool(entry["norm"])
+
+
+#: op type → (kind, operands that a caller feeds in these tests)
+NODE_TESTS = {
+    "BatchNormalization": ("batch_norm", 4),
+    "InstanceNormalization": ("instance_norm", 2),
+    "GroupNormalization": ("group_norm", 2),
+    "LayerNormalization": ("layer_norm", 2),
+    "RMSNormalization": ("rms_norm", 1),
+    "MeanVarianceNormalization": ("mean_variance_norm", 0),
+    "LRN": ("local_response_norm", 0),
+}
+
+
+@pytest.mark.parametrize("entry", corpus_cases(_node_test))
+def test_node_tests_of_the_standard(entry: Entry) -> None:
+    """The expected axes are worked out from the file's own name, the ε from its own attribute."""
+    path = _path(entry)
+    (norm,) = normtool.scan(path).norms
+    (node,) = [node for node in onnx.load(path).graph.node if node.op_type in NODE_TESTS]
+    kind, operands = NODE_TESTS[node.op_type]
+    rank = len(onnx.load(path).graph.input[0].type.tensor_type.shape.dim)
+    assert norm.norm.kind == kind
+    assert (norm.learnable, norm.buffers, norm.computed) == (0, 0, operands)
+    assert norm.norm.axes == _expected_axes(path.name, node.op_type, rank)
+    stated = next((a.f for a in node.attribute if a.name == "epsilon"), 9.999999747378752e-06)
+    if kind not in ("mean_variance_norm", "local_response_norm"):
+        assert norm.norm.eps == stated
+
+
+def _expected_axes(name: str, op_type: str, rank: int) -> tuple[int, ...]:
+    if op_type == "BatchNormalization":
+        return (0, *range(2, rank))
+    if op_type == "InstanceNormalization":
+        return tuple(range(2, rank))
+    if op_type == "GroupNormalization":
+        return tuple(range(1, rank))
+    if op_type == "MeanVarianceNormalization":
+        return (0, 2, 3)
+    if op_type == "LRN":
+        return (1,)
+    found = re.search(r"axis_?(negative_)?(\d)", name)
+    if found is None:
+        return (rank - 1,)
+    axis = int(found[2])
+    return tuple(range(rank - axis if found[1] else axis, rank))
