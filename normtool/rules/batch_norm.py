@@ -1,4 +1,10 @@
-"""BatchNorm in inference, met by another affine map: s₂(s₁x + t₁) + t₂ = (s₂s₁)x + (s₂t₁ + t₂)."""
+"""BatchNorm in inference.
+
+    s₂·(s₁·x + t₁) + t₂ = (s₂s₁)·x + (s₂t₁ + t₂)        s₁ = γ/√(σ² + ε), t₁ = β − μ·s₁
+
+It is an affine map itself: met by another one, the two compose. Exact when it runs with its stored statistics
+(no training mode, no statistics per element) and s₁, t₁ are finite.
+"""
 
 from normtool.affine import Affine, batch_norm
 from normtool.constants import Constants

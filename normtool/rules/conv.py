@@ -1,4 +1,4 @@
-"""Conv, any rank, groups, stride, padding, dilation.
+"""Conv of any rank, groups, stride, padding, dilation.
 
     s·(W ⋆ x + b) + t = (s·W) ⋆ x + (s·b + t)
 

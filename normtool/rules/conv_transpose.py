@@ -1,4 +1,6 @@
-"""ConvTranspose. Its weight is [Cin, Cout/g, k…]: the output channel is axis 1, within the group of axis 0.
+"""ConvTranspose.
+
+Its weight is [Cin, Cout/g, k…]: the output channel is axis 1, within the group that axis 0 lies in.
 
     output channel of W[i, j] = (i div Cin/g)·(Cout/g) + j
 

@@ -1,4 +1,4 @@
-"""Add, Sub, Mul, Div with a constant that has one value per channel (or one in all).
+"""Add, Sub, Mul, Div with one constant per channel, or one in all.
 
     x + c: (1, c)    x − c: (1, −c)    c − x: (−1, c)    x·c: (c, 0)    x/c: (1/c, 0)
 

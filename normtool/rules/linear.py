@@ -1,4 +1,6 @@
-"""Gemm: y = α·A'·B' + β·C, where the channel axis is the N axis of B'.
+"""Gemm.
+
+y = α·A'·B' + β·C, where the channel axis is the N axis of B':
 
     s·(α·A'B' + β·C) + t = α·A'·(B'·diag(s)) + 1·(β·C·s + t)
 

@@ -1,4 +1,6 @@
-"""MatMul with one constant operand. It has no bias, so s goes in and t is left over.
+"""MatMul with one constant operand.
+
+It has no bias, so s goes in and t is left over, for an Add.
 
     s·(x·W) + t = x·(W·diag(s)) + t          channels on the last axis, W on the right
     s·(W·x) + t = (diag(s)·W)·x + t          channels on the last axis but one, W on the left

@@ -1,0 +1,163 @@
+"""Docs that run: every command, example and number that is shown is executed here."""
+
+import doctest
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import normtool
+from normtool.explain import explain, norm_pages
+from normtool.norms import NORMS
+from normtool.reasons import EXPLANATIONS
+from tests.conftest import ROOT
+
+NORM_PAGES = sorted((ROOT / "docs" / "norms").glob("*.md"))
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def trained_model() -> Path:
+    """The README's model; skipped, visibly, where PyPI cannot be reached."""
+    try:
+        return Path(_load(ROOT / "examples" / "fetch_model.py").fetch())
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+# ---- the README -------------------------------------------------------------------------------
+
+
+def _sessions(text: str) -> list[tuple[str, str]]:
+    """(command, expected output) of every `$` line in the console blocks."""
+    found = []
+    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, expected = part.partition("\n")
+            found.append((command, expected))
+    return found
+
+
+def _normalised(text: str) -> str:
+    """Measured numbers and column widths differ between machines; words and counts do not."""
+    text = text.replace(f"{ROOT}/", "")
+    text = re.sub(r"\b[0-9a-f]{64}\b", "HASH", text)
+    text = re.sub(r"\d+(\.\d+)?e[+-]?\d+|\d+\.\d+", "MEASURED", text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def test_the_readme_shows_what_the_commands_print(trained_model: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    sessions = _sessions((ROOT / "README.md").read_text())
+    assert len(sessions) >= 4
+    for command, expected in sessions:
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert _normalised(done.stdout) == _normalised(expected), command
+
+
+def test_the_readme_library_example_runs(
+    trained_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "model.onnx").write_bytes(trained_model.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert normtool.scan("folded.onnx").summary == {}
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    commands = set(re.findall(r"^\$? ?normtool (\w+)", text, re.MULTILINE))
+    assert commands == {"scan", "fold", "validate", "explain"}
+
+
+# ---- pages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", NORM_PAGES, ids=lambda page: page.stem)
+def test_the_numbers_on_a_norm_page(page: Path) -> None:
+    failed, attempted = doctest.testfile(str(page), module_relative=False)
+    assert failed == 0
+    assert attempted > 0 or page.stem == "index"
+
+
+@pytest.mark.parametrize("kind", sorted({row.kind for row in NORMS.values()}))
+def test_every_norm_kind_is_explained(kind: str) -> None:
+    assert explain(kind) == norm_pages()[kind].read_text()
+
+
+@pytest.mark.parametrize("code", EXPLANATIONS)
+def test_every_code_is_explained(code: str) -> None:
+    assert explain(code).startswith(code)
+
+
+def test_the_rules_page_is_the_rules() -> None:
+    generator = _load(ROOT / "docs" / "make_rules_page.py")
+    assert generator.PAGE.read_text() == generator.page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md"], ids=lambda p: p.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_files_named_in_the_architecture_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`(?:normtool/)?([\w/]+\.py)`", text)
+    assert len(named) > 10
+    missing = [name for name in named if not (ROOT / "normtool" / name).exists() and not (ROOT / name).exists()]
+    assert missing == []
+
+
+# ---- examples ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("0*.py")), ids=lambda path: path.stem)
+def test_examples_run(example: Path, trained_model: Path) -> None:
+    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "35" in done.stdout
+
+
+def test_the_demo_makes_its_own_model_where_the_download_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    demo = _load(ROOT / "examples" / "demo.py")
+    target = tmp_path / "text_direction.onnx"
+    monkeypatch.setattr(demo, "TARGET", target)
+    monkeypatch.setattr(demo, "FOLDED", target.with_name("folded.onnx"))
+
+    def unreachable() -> Path:
+        raise RuntimeError("the wheel could not be downloaded")
+
+    monkeypatch.setattr(demo, "fetch", unreachable)
+    demo.main()
+    said = capfd.readouterr().out
+    assert "could not be downloaded" in said
+    assert "Validation: equal" in said
