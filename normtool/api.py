@@ -3,14 +3,14 @@
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normtool.comparison import Comparison
+from normtool.comparison import EQUAL, Comparison
 from normtool.constants import Constants
 from normtool.detect import find_norms
 from normtool.errors import UsageError
@@ -139,6 +139,7 @@ def fold(
     inputs: Inputs | None = None,
     validate: bool = True,
     freeze: bool = False,
+    inplace: bool = False,
     seed: int = 0,
     device: str = "cpu",
 ) -> Rewrite:
@@ -146,13 +147,21 @@ def fold(
 
     `freeze` treats initializers that are also graph inputs as constants. With `validate`, both models are run
     in ONNX Runtime and compared (`.validation`); where nothing was folded there is nothing to compare.
+    `inplace` puts the result into the ModelProto that was given, unless validation did not find it equal.
+
+    Raises UnreadableModel, RuntimeRefused (ONNX Runtime cannot run the model), BackendUnavailable,
+    UsageError (`inplace` on anything but a ModelProto; inputs that do not fit).
     """
+    if inplace and not hasattr(model, "CopyFrom"):
+        raise UsageError("inplace needs an onnx.ModelProto; a file is replaced with save(path, force=True)")
     opened = load(model)
     result = rewrite(opened, plan(opened, freeze))
-    if not validate or not result.folded:
-        return result
-    comparison = compare_models(opened, result.rewritten, inputs=inputs, seed=seed, device=device)
-    return Rewrite(result.plan, opened, result.rewritten, result.before, result.after, comparison)
+    if validate and result.folded:
+        comparison = compare_models(opened, result.rewritten, inputs=inputs, seed=seed, device=device)
+        result = replace(result, validation=comparison)
+    if inplace and (result.validation is None or result.validation.verdict == EQUAL):
+        model.CopyFrom(result.model)
+    return result
 
 
 def validate(

@@ -110,6 +110,11 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         return {"fingerprint": self.fingerprint, "sites": [site.to_dict() for site in self.sites]}
 
+    def __str__(self) -> str:
+        from normtool.report.table import to_text
+
+        return to_text(self)
+
 
 #: Called with (chains done, chains in all) while planning goes on.
 Progress = Callable[[int, int], None]

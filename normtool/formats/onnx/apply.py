@@ -81,6 +81,7 @@ class _Rewriter:
         self.names = _all_names(self.main, self.containers, self.nodes)
         self.pending: dict[str, Value] = {}
         self.displaced: set[str] = set()
+        self.vanished: set[str] = set()
         self.removed: set[int] = set()
         # sibling bodies may use one name twice, so a name means something only within its container
         self.producer = {
@@ -127,7 +128,7 @@ class _Rewriter:
         before = self.producer.pop((id(container), entered))
         self.nodes[before].output[list(self.nodes[before].output).index(entered)] = left
         self.producer[id(container), left] = before
-        _delete_named(container.value_info, {entered})
+        self.vanished.add(entered)
         self.displaced.update(name for name in node.input if name != entered)
         self.removed.add(number)
 
@@ -242,7 +243,7 @@ class _Rewriter:
 
     def _delete_stored(self, dead: set[str]) -> None:
         for container in _distinct([self.main, *self.containers]):
-            _delete_named(container.value_info, dead)
+            _delete_named(container.value_info, dead | self.vanished)
             if isinstance(container, GraphProto):
                 gone = {tensor.name for tensor in container.initializer if tensor.name in dead}
                 _delete_named(container.initializer, gone)

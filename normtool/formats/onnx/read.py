@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ class _Builder:
         shaped: GraphProto,
         source: GraphProto,
         scope: Scope,
-        outer: Mapping[str, Tensor],
+        outer: MutableMapping[str, Tensor],
         versions: Mapping[str, int],
         caller: Function | None,
     ) -> list[Tensor]:
@@ -234,7 +235,7 @@ class _Builder:
         source: GraphProto | FunctionProto,
         shaped: GraphProto | FunctionProto,
         scope: Scope,
-        outer: Mapping[str, Tensor],
+        outer: MutableMapping[str, Tensor],
         env: dict[str, Tensor],
         known: Mapping[str, ValueInfoProto],
         versions: Mapping[str, int],
@@ -263,8 +264,8 @@ class _Builder:
         node: NodeProto,
         shaped: NodeProto,
         scope: Scope,
-        env: Mapping[str, Tensor],
-        outer: Mapping[str, Tensor],
+        env: MutableMapping[str, Tensor],
+        outer: MutableMapping[str, Tensor],
         versions: Mapping[str, int],
         caller: Function | None,
     ) -> None:
@@ -296,7 +297,7 @@ class _Builder:
             stored.role = Role.CONSTANT
         op = Op(name, kind, scope, node.op_type, domain, version, attributes, self.visited)
         self.visited += 1
-        inputs |= self._bodies(node, shaped, name, scope, {**outer, **env}, versions, caller)
+        inputs |= self._bodies(node, shaped, name, scope, ChainMap(env, outer), versions, caller)
         self.graph.add_op(op, inputs, outputs)
 
     def _bodies(
@@ -305,7 +306,7 @@ class _Builder:
         shaped: NodeProto,
         name: str,
         scope: Scope,
-        visible: Mapping[str, Tensor],
+        visible: MutableMapping[str, Tensor],
         versions: Mapping[str, int],
         caller: Function | None,
     ) -> dict[str, Tensor]:
@@ -378,7 +379,7 @@ class _Builder:
         return None
 
     def _resolve(
-        self, name: str, env: Mapping[str, Tensor], outer: Mapping[str, Tensor], reader: str
+        self, name: str, env: Mapping[str, Tensor], outer: MutableMapping[str, Tensor], reader: str
     ) -> Tensor:
         tensor = env.get(name) or outer.get(name)
         if tensor is None:
@@ -403,6 +404,10 @@ class _Builder:
             self.graph.calls[scope] = counts.get(key, 0)
 
     def _say_unrecognised(self) -> None:
+        newest = onnx.defs.onnx_opset_version()
+        if self.versions.get("", 0) > newest:
+            message = f"opset {self.versions['']} is newer than {newest}, the newest that onnx knows here"
+            self.graph.diagnostics.append(("newer_opset", message, ""))
         for (domain, op_type), where in self.unrecognised.items():
             label = f"{domain}::{op_type}" if domain else op_type
             if _SOUNDS_LIKE_A_NORM.search(op_type):
