@@ -298,7 +298,7 @@ class _Validation:
 
     def _write(self, model: OnnxModel, name: str) -> Path:
         path = self.folder / f"{name}.onnx"
-        with staged(model, path, force=True, durable=False) as stage:
+        with staged(model, path, force=True, temporary=True) as stage:
             stage.commit()
         return path
 

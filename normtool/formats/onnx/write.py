@@ -69,15 +69,18 @@ class Staged:
 
 
 @contextlib.contextmanager
-def staged(model: OnnxModel, destination: Path, force: bool = False, durable: bool = True) -> Iterator[Staged]:
+def staged(
+    model: OnnxModel, destination: Path, force: bool = False, *, temporary: bool = False
+) -> Iterator[Staged]:
     """Write `model` beside `destination`; what is not committed inside the block is removed.
 
-    `durable=False` spares a file that will not outlive this process the fsync.
+    A `temporary` file, which will not outlive this process, is spared the fsync, and keeps its data outside
+    the model: ONNX Runtime maps external data, and copies embedded data twice.
 
     Raises OutputError: the path exists (without `force`), the disk is full, a permission is missing.
     """
     check_destination(destination, force)
-    stage = _write(model, destination, durable)
+    stage = _write(model, destination, temporary)
     try:
         yield stage
     finally:
@@ -116,7 +119,7 @@ def to_proto(model: OnnxModel) -> onnx.ModelProto:
 # ---- one model, one or two files ---------------------------------------------------------------
 
 
-def _write(model: OnnxModel, destination: Path, durable: bool) -> Staged:
+def _write(model: OnnxModel, destination: Path, temporary: bool) -> Staged:
     token = secrets.token_hex(4)
     model_path = destination.with_name(f".{destination.name}.{token}.tmp")
     proto = onnx.ModelProto()
@@ -124,11 +127,11 @@ def _write(model: OnnxModel, destination: Path, durable: bool) -> Staged:
     data_path, data_hash = None, None
     try:
         with _as_output_error(destination):
-            if _needs_external_data(model):
+            if temporary or _needs_external_data(model):
                 data_path = destination.with_name(f"{destination.stem}-{token}.data")
-                data_hash = _write_data(model, proto, data_path, durable)
+                data_hash = _write_data(model, proto, data_path, not temporary)
             pieces = wire.inflate(proto.SerializeToString(), lambda entries: _resolve(model, entries))
-            model_hash = _write_pieces(model_path, pieces, durable)
+            model_hash = _write_pieces(model_path, pieces, not temporary)
     except BaseException:
         for path in (model_path, data_path):
             if path is not None:
