@@ -70,11 +70,9 @@ class Constants:
             return Reason("dynamic_weight", f"{tensor.name!r} is computed by {op.spelling}", op.name)
         if depth > MAX_DEPTH:
             return Reason("dynamic_weight", f"{tensor.name!r} is computed too deeply", op.name)
-        inputs = self._operands(op, depth)
-        if isinstance(inputs, Reason):
-            return inputs
         try:
-            return Dense(compute(self, op, inputs))
+            inputs = self._operands(op, depth)
+            return inputs if isinstance(inputs, Reason) else Dense(compute(self, op, inputs))
         except (ValueError, TypeError, IndexError, KeyError, MemoryError) as error:
             return Reason("dynamic_weight", f"{op.spelling} of constants failed: {error}", op.name)
 

@@ -80,6 +80,11 @@ def _last(constants: Constants, op: Op, rank: int | None) -> Axes:
     return (-1,) if rank is None else (rank - 1,)
 
 
+def _behind_the_indices(constants: Constants, op: Op, rank: int | None) -> Axes:
+    """EmbedLayerNorm reads indices (batch, sequence) and normalises the axis that the lookup adds."""
+    return (-1,) if rank is None else (rank,)
+
+
 def _given_axis(constants: Constants, op: Op, rank: int | None) -> Axes:
     axis = int(constants.attribute(op, "axis"))
     return (axis,) if rank is None else (axis % rank,)
@@ -102,7 +107,7 @@ NORMS: Mapping[str, NormRow] = {
     "instance_norm": NormRow("instance_norm", _spatial, _WEIGHT_BIAS),
     "layer_norm": NormRow("layer_norm", _from_axis_on, _WEIGHT_BIAS),
     "skip_layer_norm": NormRow("layer_norm", _last, (*_WEIGHT_BIAS, "skip_bias")),
-    "embed_layer_norm": NormRow("layer_norm", _last, _WEIGHT_BIAS, data="word_embedding"),
+    "embed_layer_norm": NormRow("layer_norm", _behind_the_indices, _WEIGHT_BIAS, data="input_ids"),
     "rms_norm": NormRow("rms_norm", _from_axis_on, ("weight",)),
     "skip_rms_norm": NormRow("rms_norm", _last, ("weight", "skip_bias")),
     "group_norm": NormRow("group_norm", _grouped, _WEIGHT_BIAS),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from normtool.graph import ModelGraph, Role, Tensor
 from normtool.norms import Norm
-from normtool.values import byte_count, element_count, is_float
+from normtool.values import bits_per_element, element_count, is_float
 
 #: Slots whose float operands are settings and not weights, however many elements they have.
 _SETTINGS = frozenset(
@@ -26,13 +26,20 @@ _SETTINGS = frozenset(
     ]
 )
 
-#: Slots whose operand is a weight even if it is a scalar, or an integer (quantised weights).
+#: Slots whose float operand is a weight even if it is a single number.
 _WEIGHTS = frozenset(
     [
         *((kind, slot) for kind in ("conv", "conv_transpose") for slot in ("weight", "bias")),
-        *((kind, "weight") for kind in ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")),
-        *((kind, "bias") for kind in ("batch_norm", "layer_norm", "group_norm", "instance_norm")),
+        *(("linear", slot) for slot in ("a", "b", "c")),
+        *(("matmul", slot) for slot in ("a", "b")),
+        ("embedding", "table"),
         ("prelu", "slope"),
+    ]
+)
+
+#: Slots whose integer operand is a weight: quantised ones.
+_INTEGER_WEIGHTS = frozenset(
+    [
         ("dequantize_linear", "x"),
         ("quantized_conv", "weight"),
         ("quantized_conv", "bias"),
@@ -72,7 +79,7 @@ def census_of(graph: ModelGraph, role_of: dict[Tensor, Role]) -> Census:
     size = dict.fromkeys(Role, 0)
     for tensor, role in role_of.items():
         elements[role] += stored_elements(tensor)
-        size[role] += byte_count(tensor.value) if tensor.value is not None else 0
+        size[role] += stored_bytes(tensor)
     return Census(
         learnable=elements[Role.PARAMETER],
         buffers=elements[Role.BUFFER],
@@ -105,10 +112,12 @@ def roles(graph: ModelGraph, norms: Iterable[Norm]) -> dict[Tensor, Role]:
 
 def _role(graph: ModelGraph, tensor: Tensor) -> Role:
     slots = {(read.op.kind, read.slot) for read in graph.readers(tensor)}
-    if slots & _WEIGHTS:
+    if slots & _INTEGER_WEIGHTS:
         return Role.PARAMETER
     if tensor.value is None or not is_float(tensor.value.dtype):
         return Role.CONSTANT
+    if slots & _WEIGHTS:
+        return Role.PARAMETER
     if slots and slots <= _SETTINGS:
         return Role.CONSTANT
     return Role.PARAMETER if stored_elements(tensor) > 1 else Role.CONSTANT
@@ -119,6 +128,13 @@ def stored_elements(tensor: Tensor) -> int:
     if tensor.stored_elements is not None:
         return tensor.stored_elements
     return 0 if tensor.value is None else element_count(tensor.value.shape)
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes of those elements (the indices of a sparse tensor are not counted)."""
+    if tensor.value is None:
+        return 0
+    return (stored_elements(tensor) * bits_per_element(tensor.value.dtype) + 7) // 8
 
 
 def stored_root(graph: ModelGraph, tensor: Tensor) -> Tensor | None:

@@ -70,7 +70,7 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "Give each op its own copy in the source model.",
     ),
     "range_overflow": (
-        "A folded coefficient does not fit the dtype of the weight it goes into.",
+        "A folded coefficient is too large, or a whole filter too small, for the dtype of its weight.",
         "Fold at float32 and convert afterwards, or keep this norm.",
     ),
     # ---- the way to the absorber

@@ -25,6 +25,8 @@ class Linear(BackwardRule):
     def meet(self, constants: Constants, op: Op, affine: Affine) -> Answer:
         operands = Operands(constants, op)
         weight, added = operands.value("b"), operands.wide("c")
+        if weight is None and Operands(constants, op).value("a") is not None:
+            return mismatch(op, f"the constant of {op.name!r} writes its rows, not the channels on axis 1")
         if weight is None or operands.reasons:
             return operands.stop()
         n_axis = 0 if constants.attribute(op, "transB") else 1

@@ -32,6 +32,9 @@ class MatMul(BackwardRule):
         operands = Operands(constants, op)
         weight = operands.value(slot)
         if weight is None:
+            other = Operands(constants, op).value("a" if slot == "b" else "b")
+            if other is not None:
+                return mismatch(op, f"the constant of {op.name!r} does not write axis {affine.axis}")
             return operands.stop()
         if len(weight.shape) < 2:
             return mismatch(op, f"a vector operand takes the channel axis out of {op.name!r}")

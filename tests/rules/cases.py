@@ -268,14 +268,14 @@ def violations() -> Iterator[Violation]:
     yield Violation(
         "matmul-last-axis",
         "matmul",
-        "dynamic_weight",
+        "axis_mismatch",
         lambda: _batched_linear(folded=False),
         lambda: _batched_linear(folded=True),
     )
     yield Violation(
         "linear-constant-a",
         "linear",
-        "dynamic_weight",
+        "axis_mismatch",
         lambda: _gemm_rows(folded=False),
         lambda: _gemm_rows(folded=True),
     )

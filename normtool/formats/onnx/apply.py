@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import onnx
-from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, helper
+from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from normtool.edits import Edit, Rebind, Replace, Splice
 from normtool.errors import NormtoolError, StalePlan
 from normtool.formats.onnx.model import OnnxModel
-from normtool.formats.onnx.read import read_skeleton, walk_nodes
+from normtool.formats.onnx.read import all_containers, read_skeleton, walk_nodes
 from normtool.formats.onnx.wire import PENDING
 from normtool.graph import Op, Scope
 from normtool.ops import ROWS, find_spelling
@@ -78,7 +78,7 @@ class _Rewriter:
         placed = list(walk_nodes(self.proto))
         self.nodes = [node for _, node in placed]
         self.containers: list[Container] = [container for container, _ in placed]
-        self.names = _all_names(self.main, self.containers, self.nodes)
+        self.names = _all_names(self.proto)
         self.pending: dict[str, Value] = {}
         self.displaced: set[str] = set()
         self.vanished: set[str] = set()
@@ -94,6 +94,7 @@ class _Rewriter:
     def result(self) -> OnnxModel:
         tensors = self.model.tensors.with_pending(self.pending)
         rewritten = read_skeleton(self.proto, tensors, path=None, file=self.model.file)
+        rewritten.external = self.model.external
         if self.model.checked and not rewritten.checked:
             raise NormtoolError(f"the rewritten model fails the ONNX checker: {rewritten.checker_message}")
         return rewritten
@@ -115,6 +116,7 @@ class _Rewriter:
         old = node.input[position] if position < len(node.input) else ""
         if old and self._owned_by(edit.op, edit.slot, old):
             self.store(self.stored[id(self.containers[edit.op.source]), old], old, edit.value)
+            self._restate(self.containers[edit.op.source], old, edit.value)
             return
         self._connect(edit.op, node, position, edit)
         self.displaced.add(old)
@@ -155,6 +157,8 @@ class _Rewriter:
 
     def freeze(self) -> None:
         """Take initializers off the list of graph inputs, so that no caller can override them."""
+        if self.proto.ir_version < 4:  # there the list is an obligation and overrides nothing
+            return
         stored = {tensor.name for tensor in self.main.initializer}
         _delete_named(self.main.input, stored)
 
@@ -175,13 +179,12 @@ class _Rewriter:
         """Feed input `position` from a new constant with a name that no scope uses."""
         name = self._fresh(rebind.name)
         container = self.containers[op.source]
-        if isinstance(container, GraphProto):
+        # before IR version 4 every initializer had to be listed among the inputs; a body's list is not ours
+        listed = self.proto.ir_version < 4
+        if isinstance(container, GraphProto) and (container is self.main or not listed):
             self.store(container.initializer.add(), name, rebind.value)
-            if container is self.main and self.proto.ir_version < 4:
-                # before IR version 4 every initializer had to be listed among the inputs
-                data_type = helper.np_dtype_to_tensor_dtype(rebind.value.dtype)
-                info = helper.make_tensor_value_info(name, data_type, rebind.value.shape)
-                container.input.append(info)
+            if listed:
+                container.input.append(_value_info(name, rebind.value))
         else:
             constant = helper.make_node("Constant", [], [name])
             attribute = constant.attribute.add(name="value", type=onnx.AttributeProto.TENSOR)
@@ -203,6 +206,13 @@ class _Rewriter:
         self.pending[key] = value
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value=key)
+
+    def _restate(self, container: Container, name: str, value: Value) -> None:
+        """Correct what the graph says of a stored tensor whose shape has changed (Gemm's C may grow)."""
+        inputs = container.input if isinstance(container, GraphProto) else ()
+        for info in (*inputs, *container.value_info):
+            if info.name == name and isinstance(info, ValueInfoProto):
+                info.CopyFrom(_value_info(name, value))
 
     def _fresh(self, wish: str) -> str:
         name, number = wish, 0
@@ -247,6 +257,7 @@ class _Rewriter:
             if isinstance(container, GraphProto):
                 gone = {tensor.name for tensor in container.initializer if tensor.name in dead}
                 _delete_named(container.initializer, gone)
+                _delete(container.sparse_initializer, lambda sparse: sparse.values.name in dead)
                 _delete_named(container.input, gone)
 
 
@@ -299,16 +310,20 @@ def _count_reads(proto: onnx.ModelProto, nodes: Iterable[NodeProto]) -> Counter[
     return reads
 
 
-def _all_names(main: GraphProto, containers: Iterable[Container], nodes: Iterable[NodeProto]) -> set[str]:
+def _value_info(name: str, value: Value) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+
+
+def _all_names(proto: onnx.ModelProto) -> set[str]:
     """Every value name in any scope: a fresh name must shadow none of them."""
     names: set[str] = set()
-    for container in _distinct([main, *containers]):
+    for container in all_containers(proto):
         if isinstance(container, GraphProto):
             for group in (container.input, container.output, container.initializer, container.value_info):
                 names.update(element.name for element in group)
             names.update(sparse.values.name for sparse in container.sparse_initializer)
         else:
             names.update([container.name, *container.input, *container.output])
-    for node in nodes:
-        names.update([*node.input, *node.output])
+        for node in container.node:
+            names.update([*node.input, *node.output])
     return names

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 
 from normtool.formats.onnx.tensors import DataFile, TensorReader
+from normtool.formats.onnx.wire import LAZY
 from normtool.graph import ModelGraph
 
 _HASH_BLOCK = 1 << 22
@@ -22,6 +23,8 @@ class OnnxModel:
     tensors: TensorReader
     path: Path | None = None
     file: DataFile | None = None
+    #: did it come with its weights in a file of their own?
+    external: bool = False
     #: did the standard's checker accept it as read?
     checked: bool = True
     checker_message: str = ""
@@ -31,7 +34,8 @@ class OnnxModel:
     def fingerprint(self) -> str:
         """Changes when the graph or the place of a weight changes; cheap at any size."""
         stamp = f"{self.file.size if self.file else 0}".encode()
-        return hashlib.sha256(self.proto.SerializeToString(deterministic=True) + stamp).hexdigest()[:16]
+        content = self.proto.SerializeToString(deterministic=True).replace(LAZY.encode(), b"")
+        return hashlib.sha256(content + stamp).hexdigest()[:16]
 
     @cached_property
     def sha256(self) -> str:

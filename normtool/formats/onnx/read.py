@@ -11,15 +11,24 @@ import networkx as nx
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    NodeProto,
+    SparseTensorProto,
+    TensorProto,
+    ValueInfoProto,
+)
 
+from normtool.constants import MAX_COMPUTED_ELEMENTS
 from normtool.errors import UnreadableModel
 from normtool.formats.onnx import wire
 from normtool.formats.onnx.model import OnnxModel
 from normtool.formats.onnx.tensors import DataFile, ProtoValue, TensorReader, dtype_of
 from normtool.graph import ModelGraph, Op, Role, Scope, Shape, Tensor
 from normtool.ops import UNKNOWN, find_spelling, slot_name
-from normtool.values import element_count
+from normtool.values import Array, element_count
 
 #: "norm" in an op's name, but not as in RandomNormal.
 _SOUNDS_LIKE_A_NORM = re.compile("norm(?!al(?!i[sz]))", re.IGNORECASE)
@@ -29,10 +38,17 @@ _RUNTIME_DOMAINS = frozenset(
     ["com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc", "org.pytorch.aten"]
 )
 
+#: What onnx's own C++ raises about a model it does not like.
+_ONNX_COMPLAINTS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
+
 #: Kind of a call of a function that the model itself defines.
 CALL = "call"
 
+#: (domain, name, overload)
 Function = tuple[str, str, str]
+
+#: Who calls from the main graph.
+_MAIN: Function = ("", "", "")
 
 
 def read_path(path: Path) -> OnnxModel:
@@ -61,6 +77,28 @@ def read_proto(proto: onnx.ModelProto) -> OnnxModel:
     return read_skeleton(copy, TensorReader(None, None), None, None)
 
 
+def _check_text(proto: onnx.ModelProto) -> None:
+    """Names that are not UTF-8 come out of protobuf as bytes; nothing behind this line expects that.
+
+    Raises UnreadableModel.
+    """
+    texts: list[Any] = []
+    for container in all_containers(proto):
+        texts.append(container.name)
+        if isinstance(container, GraphProto):
+            for group in (container.input, container.output, container.value_info, container.initializer):
+                texts += [element.name for element in group]
+        else:
+            texts += [container.domain, container.overload, *container.input, *container.output]
+        for node in container.node:
+            texts += [node.name, node.op_type, node.domain, node.overload, *node.input, *node.output]
+            texts += [text for a in node.attribute for text in (a.name, a.ref_attr_name)]
+    texts += [entry.domain for entry in proto.opset_import]
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise UnreadableModel(f"the name {wrong!r} is not UTF-8; the file is damaged")
+
+
 def parse(file: DataFile) -> onnx.ModelProto:
     """The skeleton of a model file. Raises UnreadableModel where it is not one."""
     proto = onnx.ModelProto()
@@ -79,13 +117,15 @@ def read_skeleton(
     """Build the graph of a skeleton whose data `tensors` finds."""
     builder = _Builder(proto, tensors)
     try:
+        _check_text(proto)
         graph = builder.build()
     except UnreadableModel as error:
         raise type(error)(f"{path}: {error}" if path else str(error)) from None
     message = checker_message(proto)
     if message:
         graph.diagnostics.append(("checker", f"the ONNX checker rejects it: {message}", ""))
-    return OnnxModel(proto, graph, tensors, path, file, not message, message, builder.versions)
+    external = any(is_external(tensor) and not is_lazy(tensor) for tensor in all_tensors(proto))
+    return OnnxModel(proto, graph, tensors, path, file, external, not message, message, builder.versions)
 
 
 def checker_message(proto: onnx.ModelProto) -> str:
@@ -103,7 +143,7 @@ def checker_message(proto: onnx.ModelProto) -> str:
             tensor.raw_data = bytes(16)
     try:
         onnx.checker.check_model(skeleton)
-    except (onnx.checker.ValidationError, EncodeError, ValueError, RuntimeError) as error:
+    except (EncodeError, ValueError, RuntimeError, *_ONNX_COMPLAINTS) as error:
         return (str(error).strip().splitlines() or ["no details"])[0]
     return ""
 
@@ -123,22 +163,50 @@ def _walk(container: GraphProto | FunctionProto) -> Iterator[tuple[GraphProto | 
                 yield from _walk(attribute.g)
 
 
-def all_tensors(proto: onnx.ModelProto) -> list[TensorProto]:
-    """Every TensorProto of the model: initializers and attributes, in bodies and functions too."""
-    found: list[TensorProto] = []
-    pending: list[Any] = [proto.graph, *proto.functions]
+def all_containers(proto: onnx.ModelProto) -> Iterator[GraphProto | FunctionProto]:
+    """The main graph, every body at any depth, every function."""
+    return containers_below(proto.graph, *proto.functions)
+
+
+def containers_below(*roots: GraphProto | FunctionProto) -> Iterator[GraphProto | FunctionProto]:
+    """The graphs or functions given and the bodies in them."""
+    pending = list(roots)
     while pending:
-        part = pending.pop()
-        found += getattr(part, "initializer", ())
-        for sparse in getattr(part, "sparse_initializer", ()):
-            found += [sparse.values, sparse.indices]
-        for node in part.node:
+        container = pending.pop()
+        yield container
+        for node in container.node:
             for attribute in node.attribute:
-                found += [attribute.t] if attribute.HasField("t") else []
-                found += attribute.tensors
                 pending += [attribute.g] if attribute.HasField("g") else []
                 pending += attribute.graphs
-    return found
+
+
+def all_tensors(proto: onnx.ModelProto) -> list[TensorProto]:
+    """Every TensorProto of the model: initializers and attributes, in bodies and functions too."""
+    return [tensor for container in all_containers(proto) for tensor in tensors_of(container)]
+
+
+def is_external(tensor: TensorProto) -> bool:
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+def is_lazy(tensor: TensorProto) -> bool:
+    """Is the data in the model file, or still to be computed for it?"""
+    return any(e.key == "location" and e.value.startswith(wire.LAZY) for e in tensor.external_data)
+
+
+def tensors_of(container: GraphProto | FunctionProto) -> Iterator[TensorProto]:
+    """The TensorProtos of one graph or function, its bodies aside."""
+    if isinstance(container, GraphProto):
+        yield from container.initializer
+        for sparse in container.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+    for node in container.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("sparse_tensor"):
+                yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
 
 
 class _Builder:
@@ -150,14 +218,14 @@ class _Builder:
         self.graph = ModelGraph()
         self.versions = _opset_versions(proto.opset_import)
         self.functions: dict[Function, FunctionProto] = {_function_key(f): f for f in proto.functions}
-        self.call_sites: dict[Function, dict[Function | None, int]] = {}
+        self.call_sites: dict[Function, dict[Function, int]] = {}
         self.unrecognised: dict[tuple[str, str], str] = {}
         #: nodes seen so far; an op's `source` is its number in the order of `walk_nodes`
         self.visited = 0
 
     def build(self) -> ModelGraph:
         inferred = self._infer_shapes()
-        self._add_graph(inferred, self.proto.graph, Scope(), {}, self.versions, None)
+        self._add_graph(inferred, self.proto.graph, Scope(), {}, self.versions, _MAIN)
         for key, function in self.functions.items():
             self._add_function(key, function)
         self._count_calls()
@@ -172,7 +240,7 @@ class _Builder:
         """The graph with the shapes onnx can infer, or as it stands where it cannot."""
         try:
             return onnx.shape_inference.infer_shapes(self.proto).graph
-        except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
+        except (RuntimeError, ValueError, *_ONNX_COMPLAINTS) as error:
             line = (str(error).strip().splitlines() or ["no details"])[0]
             self.graph.diagnostics.append(("shape_inference", f"shapes could not be inferred: {line}", ""))
             return self.proto.graph
@@ -186,7 +254,7 @@ class _Builder:
         scope: Scope,
         outer: MutableMapping[str, Tensor],
         versions: Mapping[str, int],
-        caller: Function | None,
+        caller: Function,
     ) -> list[Tensor]:
         """Add one graph and return its outputs. `shaped` is `source` with inferred shapes."""
         known = {info.name: info for info in (*shaped.value_info, *shaped.output)}
@@ -222,12 +290,10 @@ class _Builder:
             env[proto.name] = self._stored_tensor(proto.name, scope, proto)
         for sparse in source.sparse_initializer:
             name = sparse.values.name
-            tensor = self._stored_tensor(name, scope, sparse.values)
-            shape = tuple(int(n) for n in sparse.dims)
-            tensor.stored_elements = element_count(tensor.value.shape) if tensor.value else 0
-            tensor.shape = shape
-            tensor.value = ProtoValue(lambda s=sparse: _dense(s), shape, tensor.value.dtype)  # type: ignore
-            env[name] = tensor
+            if name in env:
+                raise UnreadableModel(f"two initializers are called {name!r}")
+            env[name] = self.graph.add_tensor(Tensor(name, scope, Role.CONSTANT))
+            self._hold_sparse(env[name], sparse)
         return env
 
     def _add_nodes(
@@ -239,7 +305,7 @@ class _Builder:
         env: dict[str, Tensor],
         known: Mapping[str, ValueInfoProto],
         versions: Mapping[str, int],
-        caller: Function | None,
+        caller: Function,
     ) -> None:
         already = set(env)
         for node in source.node:
@@ -267,7 +333,7 @@ class _Builder:
         env: MutableMapping[str, Tensor],
         outer: MutableMapping[str, Tensor],
         versions: Mapping[str, int],
-        caller: Function | None,
+        caller: Function,
     ) -> None:
         domain = "" if node.domain == "ai.onnx" else node.domain
         version = versions.get(domain, 1)
@@ -308,7 +374,7 @@ class _Builder:
         scope: Scope,
         visible: MutableMapping[str, Tensor],
         versions: Mapping[str, int],
-        caller: Function | None,
+        caller: Function,
     ) -> dict[str, Tensor]:
         """Enter the node's graph attributes. It reads their outputs, at `then_branch.0` and so on."""
         reads: dict[str, Tensor] = {}
@@ -327,6 +393,16 @@ class _Builder:
     def _tensor(self, name: str, scope: Scope, info: ValueInfoProto | None, role: Role) -> Tensor:
         dtype, shape = _type_of(info) if info is not None else (None, None)
         return self.graph.add_tensor(Tensor(name, scope, role, dtype, shape))
+
+    def _hold_sparse(self, tensor: Tensor, sparse: SparseTensorProto) -> None:
+        """Let `tensor` stand for a sparse one: dense to whoever reads it, its non-zeros to whoever counts."""
+        values = self.tensors.value(sparse.values)
+        shape = tuple(int(n) for n in sparse.dims)
+        if any(n < 0 for n in shape):
+            raise UnreadableModel(f"tensor {tensor.name!r} has a negative dimension: {list(shape)}")
+        tensor.value = ProtoValue(lambda: _dense(sparse, shape), shape, values.dtype)
+        tensor.dtype, tensor.shape = values.dtype, shape
+        tensor.stored_elements = element_count(values.shape)
 
     def _stored_tensor(self, name: str, scope: Scope, proto: TensorProto) -> Tensor:
         value = self.tensors.value(proto)
@@ -353,6 +429,9 @@ class _Builder:
         content = next(iter(attributes.values()))
         if content is None or isinstance(content, str):
             return None
+        if isinstance(content, SparseTensorProto):
+            self._hold_sparse(tensor, content)
+            return tensor
         if not hasattr(content, "rows"):
             is_float = node.attribute[0].type in (AttributeProto.FLOAT, AttributeProto.FLOATS)
             array = np.asarray(content, np.float32 if is_float else np.int64)
@@ -365,9 +444,7 @@ class _Builder:
             case AttributeProto.TENSOR:
                 return self.tensors.value(attribute.t)
             case AttributeProto.SPARSE_TENSOR:
-                values = self.tensors.value(attribute.sparse_tensor.values)
-                shape = tuple(attribute.sparse_tensor.dims)
-                return ProtoValue(lambda: _dense(attribute.sparse_tensor), shape, values.dtype)
+                return attribute.sparse_tensor
             case AttributeProto.STRING:
                 return attribute.s.decode(errors="replace")
             case AttributeProto.STRINGS:
@@ -390,8 +467,8 @@ class _Builder:
 
     def _count_calls(self) -> None:
         """How often each function runs when the main graph runs once, through nested calls too."""
-        counts: dict[Function | None, int] = {None: 1}
-        calls = nx.DiGraph((caller, called) for called, sites in self.call_sites.items() for caller in sites)
+        counts: dict[Function, int] = {_MAIN: 1}
+        calls = nx.DiGraph([(caller, called) for called, sites in self.call_sites.items() for caller in sites])
         try:
             order = list(nx.topological_sort(calls))
         except nx.NetworkXUnfeasible:
@@ -443,9 +520,14 @@ def _dimension(dim: Any) -> int | str | None:
     return dim.dim_param or None
 
 
-def _dense(sparse: Any) -> Any:
-    """A SparseTensorProto written out. Indices are linear (NNZ) or per axis (NNZ, rank)."""
-    dense = np.zeros(tuple(sparse.dims), onnx.helper.tensor_dtype_to_np_dtype(sparse.values.data_type))
+def _dense(sparse: SparseTensorProto, shape: tuple[int, ...]) -> Array:
+    """A SparseTensorProto written out. Indices are linear (NNZ) or per axis (NNZ, rank).
+
+    Raises MemoryError beyond the bound on computed constants: a few bytes can claim any size.
+    """
+    if element_count(shape) > MAX_COMPUTED_ELEMENTS:
+        raise MemoryError(f"{element_count(shape)} elements")
+    dense = np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(sparse.values.data_type))
     values = onnx.numpy_helper.to_array(sparse.values)
     indices = onnx.numpy_helper.to_array(sparse.indices)
     if indices.ndim == 1:

@@ -136,6 +136,20 @@ class TensorReader:
         _check_inline_size(tensor, shape, dtype)
         return ProtoValue(lambda: _decode(tensor), shape, dtype)
 
+    def content(self, tensor: TensorProto) -> Value:
+        """What is written for a tensor that lies outside its proto: the stored bytes, or what is pending."""
+        return self.content_of({entry.key: entry.value for entry in tensor.external_data})
+
+    def content_of(self, entries: Mapping[str, str]) -> Value:
+        """The same, for the external-data entries of a tensor."""
+        location = entries.get("location", "")
+        if location in self.pending:
+            return self.pending[location]
+        file = self._data_file("", location)
+        offset = int(entries.get("offset") or 0)
+        length = int(entries.get("length") or file.size - offset)
+        return FileValue(file, offset, (length,), np.dtype(np.uint8))
+
     def _external(self, tensor: TensorProto, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Value:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
@@ -178,7 +192,7 @@ class TensorReader:
         target = folder / location
         try:
             real = target.resolve(strict=True)
-        except OSError:
+        except (OSError, RuntimeError):  # Python 3.11 and 3.12 raise RuntimeError for a loop of links
             raise UnreadableModel(
                 f"tensor {name!r} is stored in {location!r}, which is missing from {folder}"
             ) from None

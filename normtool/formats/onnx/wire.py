@@ -6,6 +6,7 @@ of the same model, by an external-data reference to its offset. Every other byte
 so protobuf itself still parses the model and nothing is lost, unknown fields included.
 """
 
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ from normtool.values import Value, byte_count
 #: raw_data longer than this stays in the file. Shape inference wants to see the small integer tensors.
 STAYS_IN_FILE = 2048
 
-#: Begins every `location` that is ours and no file name: files cannot have a NUL in theirs.
-LAZY = "\0normtool:"
+#: Begins every `location` that is ours and no file name: files cannot have a NUL in theirs. The token keeps
+#: a model file from using it, by chance or on purpose.
+LAZY = f"\0normtool:{secrets.token_hex(8)}:"
 
 #: `location` of data that lies in the model file itself.
 EMBEDDED = LAZY + "embedded"
@@ -24,19 +26,27 @@ EMBEDDED = LAZY + "embedded"
 PENDING = LAZY + "pending:"
 
 # field numbers of onnx.proto
-_MODEL_GRAPH, _GRAPH_NODE, _GRAPH_INITIALIZER = 7, 1, 5
-_NODE_ATTRIBUTE, _ATTRIBUTE_TENSOR = 5, 5
+_MODEL_GRAPH, _MODEL_FUNCTION, _FUNCTION_NODE = 7, 25, 7
+_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_NODE_ATTRIBUTE, _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH = 5, 5, 6
 _TENSOR_RAW_DATA, _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 9, 13, 14
 
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 #: message → {field: message of the field}: the way down to the tensors
 _DESCENT = {
-    "model": {_MODEL_GRAPH: "graph"},
+    "model": {_MODEL_GRAPH: "graph", _MODEL_FUNCTION: "function"},
+    "function": {_FUNCTION_NODE: "node"},
     "graph": {_GRAPH_NODE: "node", _GRAPH_INITIALIZER: "tensor"},
     "node": {_NODE_ATTRIBUTE: "attribute"},
-    "attribute": {_ATTRIBUTE_TENSOR: "tensor"},
+    "attribute": {_ATTRIBUTE_TENSOR: "tensor", _ATTRIBUTE_GRAPH: "graph"},
 }
+
+#: Tag of `data_location`.
+_DATA_LOCATION = bytes([_TENSOR_DATA_LOCATION << 3 | _VARINT])
+
+#: Entry of a stripped tensor that spelled out `data_location: DEFAULT`, as onnx.load leaves it.
+_SAID_DEFAULT = "said_default"
 
 Buffer = memoryview
 
@@ -129,15 +139,30 @@ def _strip(buffer: Buffer, start: int, end: int, message: str) -> Iterator[bytes
 
 
 def _strip_tensor(buffer: Buffer, start: int, end: int, message: str) -> Iterator[bytes]:
-    for field in fields(buffer, start, end):
-        length = field.end - field.content
-        if field.number != _TENSOR_RAW_DATA or length <= STAYS_IN_FILE:
-            yield bytes(buffer[field.start : field.end])
-            continue
-        yield varint(_TENSOR_DATA_LOCATION << 3 | _VARINT) + varint(1)
-        for key, value in (("location", EMBEDDED), ("offset", field.content), ("length", length)):
-            entry = _delimited(1, key.encode()) + _delimited(2, str(value).encode())
-            yield _delimited(_TENSOR_EXTERNAL_DATA, entry)
+    parts = list(fields(buffer, start, end))
+    data = next((part for part in parts if part.number == _TENSOR_RAW_DATA), None)
+    if data is None or data.end - data.content <= STAYS_IN_FILE or _is_external(buffer, parts):
+        yield bytes(buffer[start:end])
+        return
+    entries = {"location": EMBEDDED, "offset": str(data.content), "length": str(data.end - data.content)}
+    for part in parts:
+        if part.number == _TENSOR_DATA_LOCATION:
+            entries[_SAID_DEFAULT] = "1"
+        elif part is not data:
+            yield bytes(buffer[part.start : part.end])
+    yield _DATA_LOCATION + b"\x01"
+    for key, value in entries.items():
+        entry = _delimited(1, key.encode()) + _delimited(2, value.encode())
+        yield _delimited(_TENSOR_EXTERNAL_DATA, entry)
+
+
+def _is_external(buffer: Buffer, parts: list[Field]) -> bool:
+    """Does the tensor claim external data? With raw data beside it, that is not ours to sort out."""
+    return any(
+        part.number == _TENSOR_EXTERNAL_DATA
+        or (part.number == _TENSOR_DATA_LOCATION and buffer[part.content] != 0)
+        for part in parts
+    )
 
 
 def inflate(skeleton: bytes, resolve: Callable[[dict[str, str]], Value]) -> list[Piece]:
@@ -192,5 +217,9 @@ def _inflate_tensor(
             entries[pair[0]] = pair[1]
         elif field.number != _TENSOR_DATA_LOCATION:
             pieces.append(content[field.start : field.end])
+    if not entries.get("location", "").startswith(LAZY):
+        return [content[start:end]]
+    if _SAID_DEFAULT in entries:
+        pieces.append(_DATA_LOCATION + b"\x00")
     value = resolve(entries)
     return [*pieces, delimited_header(_TENSOR_RAW_DATA, byte_count(value)), value]

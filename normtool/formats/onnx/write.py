@@ -24,9 +24,9 @@ from onnx import TensorProto
 from normtool.errors import OutputError, UnreadableModel
 from normtool.formats.onnx import wire
 from normtool.formats.onnx.model import OnnxModel
-from normtool.formats.onnx.read import all_tensors, parse
+from normtool.formats.onnx.read import all_tensors, containers_below, is_external, parse, tensors_of
 from normtool.formats.onnx.tensors import DataFile, FileValue
-from normtool.values import Array, Value, bits_per_element, byte_count, row_blocks, to_array
+from normtool.values import Array, byte_count, row_blocks, to_array
 
 #: Protobuf stops here; more goes into external data.
 MAX_PROTO_BYTES = 2**31 - 1
@@ -108,11 +108,10 @@ def to_proto(model: OnnxModel) -> onnx.ModelProto:
         raise OutputError(f"{size} bytes of weights do not fit one ModelProto; write to a file instead")
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    for tensor in all_tensors(proto):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            content = to_array(model.tensors.value(tensor)).tobytes()
-            _clear_external(tensor)
-            tensor.raw_data = content
+    for tensor in filter(is_external, all_tensors(proto)):
+        content = to_array(model.tensors.content(tensor)).tobytes()
+        _clear_external(tensor)
+        tensor.raw_data = content
     return proto
 
 
@@ -130,7 +129,7 @@ def _write(model: OnnxModel, destination: Path, temporary: bool) -> Staged:
             if temporary or _needs_external_data(model):
                 data_path = destination.with_name(f"{destination.stem}-{token}.data")
                 data_hash = _write_data(model, proto, data_path, not temporary)
-            pieces = wire.inflate(proto.SerializeToString(), lambda entries: _resolve(model, entries))
+            pieces = wire.inflate(proto.SerializeToString(), model.tensors.content_of)
             model_hash = _write_pieces(model_path, pieces, not temporary)
     except BaseException:
         for path in (model_path, data_path):
@@ -144,35 +143,24 @@ def _write(model: OnnxModel, destination: Path, temporary: bool) -> Staged:
     return stage
 
 
-def _resolve(model: OnnxModel, entries: dict[str, str]) -> Value:
-    """The value of a tensor that is written into the .onnx file itself."""
-    location = entries["location"]
-    if location in model.tensors.pending:
-        return model.tensors.pending[location]
-    assert model.file is not None
-    return FileValue(model.file, int(entries["offset"]), (int(entries["length"]),), np.dtype(np.uint8))
-
-
 def _needs_external_data(model: OnnxModel) -> bool:
     """A model keeps the form it came in, unless it has outgrown one protobuf message."""
-    tensors = all_tensors(model.proto)
-    if any(_is_external(tensor) and not _is_lazy(tensor) for tensor in tensors):
-        return True
-    inside: int = model.proto.ByteSize() + sum(_lazy_bytes(tensor, model) for tensor in tensors)
-    return inside >= MAX_PROTO_BYTES
+    lazy = sum(_lazy_bytes(tensor, model) for tensor in all_tensors(model.proto))
+    return model.external or bool(model.proto.ByteSize() + lazy >= MAX_PROTO_BYTES)
 
 
 def _write_data(model: OnnxModel, proto: onnx.ModelProto, path: Path, durable: bool) -> Callable[[], str]:
-    """Write every tensor that is not inline to `path` and let `proto` refer to it there."""
+    """Write every tensor that is not inline to `path` and let `proto` refer to it there.
+
+    Those of functions stay in the model: ONNX Runtime does not look for the data of an inlined function.
+    """
     pieces: list[wire.Piece] = []
     position = 0
-    for tensor in filter(_is_external, all_tensors(proto)):
-        value = model.tensors.value(tensor)
-        if bits_per_element(value.dtype) % 8:
-            content = to_array(value).tobytes()
-            _clear_external(tensor)
-            tensor.raw_data = content
-            continue
+    outside = [
+        t for container in containers_below(proto.graph) for t in tensors_of(container) if is_external(t)
+    ]
+    for tensor in outside:
+        value = model.tensors.content(tensor)
         padding = -position % ALIGNMENT
         pieces += [bytes(padding), value]
         position += padding
@@ -191,13 +179,23 @@ def _own_data_of(destination: Path) -> tuple[Path, ...]:
     """
     if not destination.is_file():
         return ()
-    try:
-        old = parse(DataFile(destination))
-    except (UnreadableModel, OSError):  # whatever is there need not be a model
-        return ()
-    names = {entry.value for t in all_tensors(old) for entry in t.external_data if entry.key == "location"}
-    own = [name for name in names if _is_own_name(name, destination.stem)]
+    own = {name for name in _data_names_of_file(destination) if _is_own_name(name, destination.stem)}
+    for sibling in destination.parent.glob("*.onnx") if own else ():
+        if sibling.name != destination.name:  # a copy of the model may read the same data
+            own -= _data_names_of_file(sibling)
     return tuple(destination.with_name(name) for name in own)
+
+
+def _data_names(proto: onnx.ModelProto) -> set[str]:
+    return {entry.value for t in all_tensors(proto) for entry in t.external_data if entry.key == "location"}
+
+
+def _data_names_of_file(path: Path) -> set[str]:
+    """The data files a model reads; none where it is no model."""
+    try:
+        return _data_names(parse(DataFile(path)))
+    except (UnreadableModel, OSError):
+        return set()
 
 
 def _is_own_name(name: str, stem: str) -> bool:
@@ -205,17 +203,8 @@ def _is_own_name(name: str, stem: str) -> bool:
     return name == f"{stem}-{token}.data" and len(token) == 8 and set(token) <= set("0123456789abcdef")
 
 
-def _is_external(tensor: TensorProto) -> bool:
-    return tensor.data_location == TensorProto.EXTERNAL
-
-
-def _is_lazy(tensor: TensorProto) -> bool:
-    """Is the data in the model file, or still to be computed for it?"""
-    return any(e.key == "location" and e.value.startswith(wire.LAZY) for e in tensor.external_data)
-
-
 def _lazy_bytes(tensor: TensorProto, model: OnnxModel) -> int:
-    return byte_count(model.tensors.value(tensor)) if _is_external(tensor) else 0
+    return byte_count(model.tensors.content(tensor)) if is_external(tensor) else 0
 
 
 def _clear_external(tensor: TensorProto) -> None:
