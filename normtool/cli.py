@@ -42,7 +42,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("normtool: interrupted", file=sys.stderr)
         code = INTERRUPTED
-    except BrokenPipeError:
+    except BrokenPipeError:  # `normtool … | head` is no failure
         code = 0
     except Exception as error:  # the last line of defence: a bug of ours
         if verbose >= 2:
@@ -66,12 +66,17 @@ def _leave(out: TextIO, code: int) -> None:
     try:
         out.close()
     except BrokenPipeError:
-        code = code or 0
+        pass
     except OSError as error:
-        print(f"normtool: standard output: {os.strerror(error.errno or 0)}", file=sys.stderr)
-        code = OutputError.exit_code
+        if not code:
+            print(f"normtool: {_stdout_error(error)}", file=sys.stderr)
+            code = OutputError.exit_code
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _stdout_error(error: OSError) -> str:
+    return f"standard output: {os.strerror(error.errno or 0)}"
 
 
 def _count_v(arguments: list[str]) -> int:
@@ -320,6 +325,16 @@ def _show(
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     if report is not None:
         _write_report(report, text)
+    try:
+        _print(out, results, text, style, verbose)
+        out.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(_stdout_error(error)) from None
+
+
+def _print(out: TextIO, results: list[Any], text: str, style: str, verbose: int) -> None:
     if style == "json":
         out.write(text)
         return
@@ -340,10 +355,15 @@ def _show(
 
 def _write_report(path: Path, text: str) -> None:
     """Atomically, as everything else is written."""
+    from normtool.formats.onnx.write import as_output_error
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: {os.strerror(error.errno or 0)}") from None
+    with as_output_error(path):
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path}: is no regular file; give the name of a new one")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            if temporary.exists():
+                temporary.unlink()

@@ -75,6 +75,8 @@ class _Rewriter:
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(model.proto)
         self.main = self.proto.graph
+        #: a plan may have been made on another reading of the same file, so ops are matched by number
+        self.ops = {op.source: op for op in model.graph.ops}
         placed = list(walk_nodes(self.proto))
         self.nodes = [node for _, node in placed]
         self.containers: list[Container] = [container for container, _ in placed]
@@ -166,7 +168,7 @@ class _Rewriter:
 
     def _owned_by(self, op: Op, slot: str, name: str) -> bool:
         """Is `name` an initializer that only this slot reads, so that its numbers may change in place?"""
-        tensor = self.model.graph.input(op, slot)
+        tensor = self.model.graph.input(self.ops[op.source], slot)
         return (
             tensor is not None
             and tensor.scope == op.scope

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from normtool.formats.onnx.tensors import DataFile, TensorReader
+from normtool.formats.onnx.tensors import DataFile, FileValue, TensorReader
 from normtool.formats.onnx.wire import LAZY
 from normtool.graph import ModelGraph
 
@@ -32,10 +32,14 @@ class OnnxModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the graph or the place of a weight changes; cheap at any size."""
-        stamp = f"{self.file.size if self.file else 0}".encode()
+        """Changes when the graph changes or a weight does, as far as samples of it show; cheap at any size."""
         content = self.proto.SerializeToString(deterministic=True).replace(LAZY.encode(), b"")
-        return hashlib.sha256(content + stamp).hexdigest()[:16]
+        digest = hashlib.sha256(content)
+        for tensor in self.graph.tensors:
+            if isinstance(tensor.value, FileValue):
+                for part in tensor.value.samples():
+                    digest.update(part)
+        return digest.hexdigest()[:16]
 
     @cached_property
     def sha256(self) -> str:

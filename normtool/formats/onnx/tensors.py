@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,12 @@ class FileValue:
     @property
     def nbytes(self) -> int:
         return element_count(self.shape) * self.dtype.itemsize
+
+    def samples(self) -> Iterator[bytes]:
+        """A few bytes from the beginning, the middle and the end."""
+        length = min(64, self.nbytes)
+        for start in (0, (self.nbytes - length) // 2, self.nbytes - length):
+            yield self.file.read(self.offset + start, length)
 
     def rows(self, start: int, stop: int) -> Array:
         if not self.shape:

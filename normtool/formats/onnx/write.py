@@ -50,7 +50,7 @@ class Staged:
 
     def commit(self) -> list[dict[str, str]]:
         """Rename into place; the paths and hashes of what was written."""
-        with _as_output_error(self.destination):
+        with as_output_error(self.destination):
             self.model_path.replace(self.destination)
             _sync_folder(self.destination.parent)
         outputs = [{"path": str(self.destination), "sha256": self.sha256()}]
@@ -63,9 +63,7 @@ class Staged:
     def discard(self) -> None:
         self.sha256()  # lets the hashing threads end and close their files
         self.data_sha256()
-        for path in (self.model_path, self.data_path):
-            if path is not None:
-                path.unlink(missing_ok=True)
+        _remove(self.model_path, self.data_path)
 
 
 @contextlib.contextmanager
@@ -90,12 +88,15 @@ def staged(
 
 def check_destination(destination: Path, force: bool) -> None:
     """Refuse early what would be refused after all the work."""
-    if destination.is_dir():
-        raise OutputError(f"{destination}: is a folder; give a file name")
-    if not destination.parent.is_dir():
-        raise OutputError(f"{destination}: the folder {destination.parent} does not exist")
-    if destination.exists() and not force:
-        raise OutputError(f"{destination}: exists; --force replaces it")
+    with as_output_error(destination):
+        if destination.is_dir():
+            raise OutputError(f"{destination}: is a folder; give a file name")
+        if not destination.parent.is_dir():
+            raise OutputError(f"{destination}: the folder {destination.parent} does not exist")
+        if destination.exists() and not destination.is_file():
+            raise OutputError(f"{destination}: is no regular file; give the name of a new one")
+        if destination.exists() and not force:
+            raise OutputError(f"{destination}: exists; --force replaces it")
 
 
 def to_proto(model: OnnxModel) -> onnx.ModelProto:
@@ -125,22 +126,26 @@ def _write(model: OnnxModel, destination: Path, temporary: bool) -> Staged:
     proto.CopyFrom(model.proto)
     data_path, data_hash = None, None
     try:
-        with _as_output_error(destination):
+        with as_output_error(destination):
             if temporary or _needs_external_data(model):
                 data_path = destination.with_name(f"{destination.stem}-{token}.data")
                 data_hash = _write_data(model, proto, data_path, not temporary)
             pieces = wire.inflate(proto.SerializeToString(), model.tensors.content_of)
             model_hash = _write_pieces(model_path, pieces, not temporary)
     except BaseException:
-        for path in (model_path, data_path):
-            if path is not None:
-                path.unlink(missing_ok=True)
+        _remove(model_path, data_path)
         raise
     stage = Staged(destination, model_path, model_hash, data_path)
     if data_path is not None and data_hash is not None:
         stage.data_sha256 = data_hash
     stage.replaced_data = _own_data_of(destination)
     return stage
+
+
+def _remove(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and path.exists():
+            path.unlink()
 
 
 def _needs_external_data(model: OnnxModel) -> bool:
@@ -319,7 +324,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _as_output_error(path: Path) -> Iterator[None]:
+def as_output_error(path: Path) -> Iterator[None]:
+    """What the system says of a path, as an OutputError."""
     try:
         yield
     except OSError as error:
