@@ -25,6 +25,10 @@ _EPILOG = (
 )
 
 
+class _ReaderLeft(Exception):
+    """Whoever read our stdout closed it. (click answers BrokenPipeError itself, with exit code 1.)"""
+
+
 def main() -> None:
     """Entry point: run the command and leave with its exit code."""
     out = _claim_stdout()
@@ -34,7 +38,9 @@ def main() -> None:
     except click.exceptions.Abort:
         code = INTERRUPTED
     except click.ClickException as error:
-        error.show(file=sys.stderr)
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "normtool"
+        print(f"normtool: {error.format_message()}\nsee {command} --help", file=sys.stderr)
         code = error.exit_code
     except NormtoolError as error:
         print(f"normtool: {error}", file=sys.stderr)
@@ -42,7 +48,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("normtool: interrupted", file=sys.stderr)
         code = INTERRUPTED
-    except BrokenPipeError:  # `normtool … | head` is no failure
+    except _ReaderLeft:  # `normtool … | head` is no failure
         code = 0
     except Exception as error:  # the last line of defence: a bug of ours
         if verbose >= 2:
@@ -148,6 +154,7 @@ def scan(
     from normtool import api
     from normtool.training import training_memory
 
+    _check_report(report)
     with _progress(quiet) as progress:
         progress.step(f"reading {model.name}")
         result = api.scan(model)
@@ -197,6 +204,7 @@ def fold(
         raise UsageError("fold needs -o OUTPUT, or --dry-run to only see the plan")
     if output is not None and not dry_run:
         check_destination(output, force)
+    _check_report(report)
     options = {"device": device, "seed": seed, "shapes": _shapes(input_shapes), "inputs_file": inputs_file}
     with _progress(quiet) as progress:
         progress.step(f"reading {model.name}")
@@ -271,6 +279,7 @@ def validate(
     from normtool import api
     from normtool.formats.onnx.run import validate_onnx
 
+    _check_report(report)
     with _progress(quiet) as progress:
         progress.step("reading")
         models = api.load(reference), api.load(candidate)
@@ -304,18 +313,20 @@ def _progress(quiet: bool) -> Iterator[Any]:
 
 
 def _shapes(texts: tuple[str, ...]) -> dict[str, tuple[tuple[int, ...], str | None]]:
-    """`NAME=1x3x224x224:float16` → {"NAME": ((1, 3, 224, 224), "float16")}."""
+    """`NAME=1x3x224x224:float16` → {"NAME": ((1, 3, 224, 224), "float16")}; `NAME=` alone is a scalar."""
     shapes: dict[str, tuple[tuple[int, ...], str | None]] = {}
     for text in texts:
         name, _, rest = text.rpartition("=")
         lengths, _, dtype = rest.partition(":")
-        try:
-            shapes[name] = (tuple(int(n) for n in lengths.split("x") if n), dtype or None)
-        except ValueError:
-            name = ""
-        if not name:
-            raise UsageError(f"--input {text!r}: write it as NAME=1x3x224x224 or NAME=1x3x224x224:float16")
+        known = not dtype or dtype in _DTYPES
+        if not name or not known or not all(n.isdecimal() for n in lengths.split("x") if lengths):
+            example = "NAME=1x3x224x224 or NAME=1x3x224x224:float16"
+            raise UsageError(f"--input {text!r}: write it as {example}; dtypes are {', '.join(_DTYPES)}")
+        shapes[name] = (tuple(int(n) for n in lengths.split("x") if lengths), dtype or None)
     return shapes
+
+
+_DTYPES = "float16 float32 float64 bfloat16 bool int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
 
 
 def _show(
@@ -329,7 +340,7 @@ def _show(
         _print(out, results, text, style, verbose)
         out.flush()
     except BrokenPipeError:
-        raise
+        raise _ReaderLeft from None
     except OSError as error:
         raise OutputError(_stdout_error(error)) from None
 
@@ -339,28 +350,36 @@ def _print(out: TextIO, results: list[Any], text: str, style: str, verbose: int)
         out.write(text)
         return
     from normtool.report.sections import sections
-    from normtool.report.table import print_tables, to_csv, to_markdown
+    from normtool.report.table import plain_text, print_tables, to_csv, to_markdown
 
     parts = [part for result in results for part in sections(result, bool(verbose))]
     if style == "csv":
         out.write(to_csv(parts))
     elif style == "markdown":
         out.write(to_markdown(parts))
-    else:
+    elif out.isatty():
         from rich.console import Console
 
-        width = None if out.isatty() else 160
-        print_tables(Console(file=out, width=width, highlight=False), parts)
+        print_tables(Console(file=out, highlight=False), parts)
+    else:  # rich would answer a closed pipe itself
+        out.write(plain_text(parts))
+
+
+def _check_report(path: Path | None) -> None:
+    """Refuse before the work what could not be written after it."""
+    from normtool.formats.onnx.write import check_destination
+
+    if path is not None:
+        check_destination(path, force=True)
 
 
 def _write_report(path: Path, text: str) -> None:
     """Atomically, as everything else is written."""
     from normtool.formats.onnx.write import as_output_error
 
+    _check_report(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with as_output_error(path):
-        if path.exists() and not path.is_file():
-            raise OutputError(f"{path}: is no regular file; give the name of a new one")
         try:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)

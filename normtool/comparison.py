@@ -36,6 +36,16 @@ class Difference:
     max_rel: float
     noise_floor: float
     ratio: float
+    #: largest magnitude of the reference
+    largest: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return _finite({k: v for k, v in vars(self).items() if k != "largest"})
+
+    @property
+    def resolved(self) -> bool:
+        """Would an error of a tenth show?"""
+        return LIMIT * self.noise_floor <= self.largest / 10
 
     @property
     def verdict(self) -> str:
@@ -71,18 +81,18 @@ class Comparison:
         if self.default_level is not None:
             default = {
                 "verdict": worst(self.default_level),
-                "outputs": [_finite(vars(difference)) for difference in self.default_level],
+                "outputs": [difference.to_dict() for difference in self.default_level],
             }
         return {
             "schema": SCHEMA,
             "verdict": self.verdict,
-            "outputs": [_finite(vars(difference)) for difference in self.outputs],
+            "outputs": [difference.to_dict() for difference in self.outputs],
             "limit": LIMIT,
             "providers": self.providers,
             "seed": self.seed,
             "sensitivity": None if self.sensitivity is None else _finite(vars(self.sensitivity)),
             "default_level": default,
-            "sites": [_finite(vars(difference)) for difference in self.sites],
+            "sites": [difference.to_dict() for difference in self.sites],
             "inputs": list(self.inputs),
             "notes": list(self.notes),
         }
@@ -149,7 +159,8 @@ def _difference(run: OutputRuns) -> Difference:
     noise = [_distances(kept, nudged, infinite) for nudged in run.nudged]
     floor = tuple(max(last_bit, *measured) for measured in zip(*noise, strict=True))
     ratio = max(_in_floors(distance, unit) for distance, unit in zip(gap, floor, strict=True))
-    return Difference(run.name, gap[0], gap[0] / largest if largest else gap[0], floor[0], ratio)
+    relative = gap[0] / largest if largest else gap[0]
+    return Difference(run.name, gap[0], relative, floor[0], ratio, largest)
 
 
 def _distances(reference: Array, other: Array, infinite: Array) -> tuple[float, float]:

@@ -40,7 +40,8 @@ class Constants:
         if tensor.value is not None:
             if tensor.overridable and not self.freeze:
                 return Reason("overridable", f"{tensor.name!r} is also a graph input", tensor.name)
-            return tensor.value
+            if tensor.stored_elements is None:
+                return tensor.value
         if tensor not in self._computed:
             self._computed[tensor] = self._compute(tensor, depth)
         return self._computed[tensor]
@@ -60,6 +61,8 @@ class Constants:
         return ROWS[op.kind].defaults.get(name)
 
     def _compute(self, tensor: Tensor, depth: int) -> Value | Reason:
+        if tensor.value is not None:
+            return _written_out(tensor, tensor.value)
         op = self.graph.producer(tensor)
         if op is None:
             return Reason("dynamic_weight", f"{tensor.name!r} is a model input", tensor.name)
@@ -88,6 +91,15 @@ class Constants:
             _bound(value.shape)
             inputs[slot] = to_array(value)
         return inputs
+
+
+def _written_out(tensor: Tensor, sparse: Value) -> Value | Reason:
+    """A sparse tensor, dense: a few stored numbers can claim any size, and point anywhere."""
+    try:
+        return Dense(to_array(sparse))
+    except (ValueError, IndexError, MemoryError) as error:
+        message = f"sparse {tensor.name!r} cannot be written out: {error}"
+        return Reason("dynamic_weight", message, tensor.name)
 
 
 _METADATA_ONLY = {("shape", "x"), ("cast_like", "like")}

@@ -4,6 +4,9 @@ Native operators are found by kind (`evidence: op`). Norms spelled out in primit
 finder here (`evidence: pattern`); the report already has its place for them.
 """
 
+import math
+from typing import Any
+
 from normtool.constants import Constants
 from normtool.graph import ModelGraph, Op, Scope, Tensor
 from normtool.norms import NORMS, Axes, Norm, NormRow
@@ -24,7 +27,7 @@ def _norm(constants: Constants, op: Op, row: NormRow) -> Norm:
         row=row,
         name=op.name,
         axes=_axes(constants, op, row, graph.rank(data) if data is not None else None),
-        eps=None if eps is None else float(eps),
+        eps=_number(eps),
         learnable=_operands(graph, op, row.learnable),
         buffers=_operands(graph, op, row.buffers),
         calls=graph.calls.get(_function_of(op.scope), 1),
@@ -32,10 +35,18 @@ def _norm(constants: Constants, op: Op, row: NormRow) -> Norm:
 
 
 def _axes(constants: Constants, op: Op, row: NormRow, rank: int | None) -> Axes | None:
-    """The normalised axes; a rank the op cannot have (0, or too small) leaves them unknown."""
+    """The normalised axes; a rank or an attribute the op cannot have leaves them unknown."""
     try:
         return row.axes(constants, op, rank)
-    except (TypeError, ZeroDivisionError):
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _number(stated: Any) -> float | None:
+    """ε as a float; None where the operator has none, or states what is no finite number."""
+    try:
+        return float(stated) if math.isfinite(stated) else None
+    except TypeError:
         return None
 
 

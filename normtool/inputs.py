@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from normtool.errors import UsageError
-from normtool.graph import ModelGraph, Role, Scope, Tensor
+from normtool.graph import ModelGraph, Role, Scope, Shape, Tensor
 from normtool.values import Array, is_float
 
 #: Sizes of dynamic dimensions by what they are, in the order they are tried. The first two that run are used.
@@ -28,6 +28,9 @@ _SIZES: tuple[Mapping[str, int], ...] = tuple(
 
 #: distribution → (mean, standard deviation) of float inputs; one input set for each
 DISTRIBUTIONS = ("normal", "normal*4", "uniform")
+
+#: Dtypes whose neighbours are a rounding away; 8 bits and fewer are a quantiser's choice.
+_NUDGED = frozenset(["float16", "bfloat16", "float32", "float64"])
 
 #: Ops that hand integers on unchanged.
 _CARRIERS = frozenset("identity cast reshape squeeze unsqueeze transpose flatten expand".split())
@@ -66,20 +69,20 @@ def generate(spec: InputSpec) -> Array:
     rng = np.random.default_rng([spec.seed, zlib.crc32(spec.name.encode())])
     dtype = np.dtype(spec.dtype)
     if not is_float(dtype):
-        return _integers(spec, rng).astype(dtype)
+        return np.asarray(_integers(spec, rng)).astype(dtype)
     if spec.distribution == "uniform":
-        return rng.random(spec.shape).astype(dtype)
+        return np.asarray(rng.random(spec.shape)).astype(dtype)
     scale = 4.0 if spec.distribution == "normal*4" else 1.0
-    return (rng.standard_normal(spec.shape) * scale).astype(dtype)
+    return np.asarray(rng.standard_normal(spec.shape) * scale).astype(dtype)
 
 
 def _integers(spec: InputSpec, rng: np.random.Generator) -> Array:
     if spec.mask or spec.dtype == "bool":
-        array = rng.integers(0, 2, spec.shape)
+        array = np.asarray(rng.integers(0, 2, spec.shape))
         if array.ndim:
             array[..., :1] = 1  # a row without any valid element makes NaN in most attentions
         return array
-    return rng.integers(0, max(1, spec.high), spec.shape)
+    return np.asarray(rng.integers(0, max(1, spec.high), spec.shape))
 
 
 def nudge(array: Array, rng: np.random.Generator) -> Array:
@@ -88,7 +91,7 @@ def nudge(array: Array, rng: np.random.Generator) -> Array:
     Zeros stay: they are exact in any precision, and their neighbours are no rounding away. So do the
     largest number and infinity.
     """
-    if not is_float(array.dtype) or array.size == 0:
+    if array.dtype.name not in _NUDGED or array.size == 0:
         return array
     towards = np.where(rng.integers(0, 2, array.shape) == 1, np.inf, -np.inf).astype(array.dtype)
     moved = np.nextafter(array, towards)
@@ -104,17 +107,29 @@ def attempts(graph: ModelGraph, seed: int, shapes: Shapes | None = None) -> list
 
     Raises UsageError when `shapes` names no input of the model.
     """
-    tensors, given = _inputs(graph), shapes or {}
+    tensors, given = model_inputs(graph), shapes or {}
     strangers = set(given) - {tensor.name for tensor in tensors}
     if strangers:
         known = ", ".join(tensor.name for tensor in tensors)
         raise UsageError(f"the model has no input {strangers.pop()!r}; it has {known}")
+    for tensor in tensors:
+        if tensor.name in given and not fits(given[tensor.name][0], tensor.shape):
+            asked = given[tensor.name][0]
+            raise UsageError(f"input {tensor.name!r} cannot have shape {asked}; the model wants {tensor.shape}")
     found: list[list[InputSpec]] = []
     for sizes in _SIZES:
         specs = [_given(_spec(graph, tensor, sizes, seed), given.get(tensor.name)) for tensor in tensors]
         if specs not in found:
             found.append(specs)
     return found
+
+
+def fits(lengths: tuple[int, ...], shape: Shape | None) -> bool:
+    """May an input that the model describes as `shape` have these lengths?"""
+    if shape is None:
+        return True
+    pairs = zip(lengths, shape, strict=False)
+    return len(lengths) == len(shape) and all(not isinstance(n, int) or n == length for length, n in pairs)
 
 
 def _given(spec: InputSpec, shape: tuple[tuple[int, ...], str | None] | None) -> InputSpec:
@@ -131,10 +146,11 @@ def spread(base: list[list[InputSpec]], seed: int) -> list[list[InputSpec]]:
 
 def is_dynamic(graph: ModelGraph) -> bool:
     """Does any input have a dimension that the model leaves open?"""
-    return any(not isinstance(n, int) for tensor in _inputs(graph) for n in tensor.shape or (None,))
+    shapes = [tensor.shape if tensor.shape is not None else (None,) for tensor in model_inputs(graph)]
+    return any(not isinstance(n, int) for shape in shapes for n in shape)
 
 
-def _inputs(graph: ModelGraph) -> list[Tensor]:
+def model_inputs(graph: ModelGraph) -> list[Tensor]:
     """What a caller must feed: inputs of the main graph that store no value of their own."""
     return [t for t in graph.tensors if t.role is Role.INPUT and t.scope == Scope() and t.value is None]
 

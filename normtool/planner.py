@@ -167,6 +167,8 @@ class _Planner:
         if norm.kind != "batch_norm":
             message = "its statistics are computed from the input at run time"
             return Site(norm, KEPT, (Reason("data_dependent", message, norm.name),))
+        if "y" not in self.graph.outputs(norm.op):
+            return Site(norm, KEPT, (Reason("malformed", "it has no output", norm.name),))
         reasons: tuple[Reason, ...] = ()
         for last in self._chain_ends(norm.op):
             outcome = self._fold(last)
@@ -198,7 +200,16 @@ class _Planner:
         return follower if isinstance(answer, Pass) and answer.slot == readers[0].slot else None
 
     def _fold(self, last: Op) -> Fold | tuple[Reason, ...]:
-        """Walk backward from `last` to an absorber, or collect every reason why there is none."""
+        """The fold of the chain that ends in `last`, or every reason why there is none."""
+        try:
+            return self._follow(last)
+        except (ArithmeticError, LookupError, TypeError, ValueError, MemoryError) as error:
+            # attributes and operands that contradict each other; what cannot be evaluated is not proved
+            message = f"it cannot be evaluated: {(str(error).splitlines() or [''])[0]}"
+            return (Reason("malformed", message, last.name),)
+
+    def _follow(self, last: Op) -> Fold | tuple[Reason, ...]:
+        """Walk backward from `last` to an absorber."""
         if last.domain == "" and last.version < OLDEST_OPSET:
             message = f"opset {last.version} is older than {OLDEST_OPSET}"
             return (Reason("unsupported_op", message, last.name),)

@@ -52,6 +52,11 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "γ/√(σ²+ε) is not finite: a variance is negative or NaN, or σ²+ε is 0.",
         "Repair the statistics in the source model; a fold would write infinities.",
     ),
+    "malformed": (
+        "The norm, or an op on the way, contradicts itself: attributes of the wrong type or length, operands "
+        "that do not fit each other.",
+        "ONNX Runtime will most likely refuse the model too; export it again.",
+    ),
     # ---- constants
     "dynamic_weight": (
         "A weight, scale or statistic that would have to change is computed at run time.",
@@ -105,6 +110,35 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
     "axis_mismatch": (
         "The axis the norm scales is not an axis of the weights in front of it.",
         "Nothing: equal sizes do not make equal axes.",
+    ),
+    # ---- what the reader notices (diagnostics)
+    "checker": (
+        "The ONNX checker rejects the model as it was read. ONNX Runtime may still accept it.",
+        "Nothing, if the model runs; else export it again.",
+    ),
+    "not_sorted": (
+        "The nodes are not in topological order, as the standard demands. ONNX Runtime sorts them itself.",
+        "Nothing, if the model runs.",
+    ),
+    "shape_inference": (
+        "ONNX could not infer the shapes inside the model, so some ranks may be unknown.",
+        "Look for `axis_unknown` among the reasons; export with shapes if it is there.",
+    ),
+    "defined_twice": (
+        "Two Constant nodes give the same tensor.",
+        "Nothing, if both store the same.",
+    ),
+    "unknown_op": (
+        "An operator that neither the standard nor ONNX Runtime defines. Nothing is known of what it does.",
+        "Nothing for scan; fold treats it as an obstacle, and validate needs a runtime that knows it.",
+    ),
+    "unrecognised_norm": (
+        "An unknown operator or function whose name sounds like a norm. It is not counted as one.",
+        "Look at it by hand: names lie in both directions.",
+    ),
+    "newer_opset": (
+        "The model uses an opset that is newer than the installed onnx package.",
+        "Upgrade onnx; operators may have changed their meaning.",
     ),
     # ---- whole-model reasons
     "no_dataflow": (

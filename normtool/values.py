@@ -110,14 +110,15 @@ def working_dtype(destination: np.dtype[Any]) -> np.dtype[Any]:
 def round_to(wide: Array, dtype: np.dtype[Any]) -> Array:
     """The one rounding. Overflow to infinity is judged by whoever asked, not warned about here."""
     with np.errstate(over="ignore", under="ignore"):
-        if dtype.name == "bfloat16":
-            return _odd_float32(wide).astype(dtype)
+        if is_float(dtype) and bits_per_element(dtype) < 32:
+            return np.asarray(_odd_float32(wide).astype(dtype))
         return np.asarray(wide.astype(dtype))
 
 
 def _odd_float32(wide: Array) -> Array:
-    """Round to odd, so that ml_dtypes' way to bfloat16 through float32 does not round twice.
+    """Round to odd, so that the way to a half type through float32 does not round twice.
 
+    ml_dtypes takes that way to bfloat16, numpy takes it from long double to float16.
     Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums" (2008), theorem 3.
     """
     single = np.asarray(wide.astype(np.float32))

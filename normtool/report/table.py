@@ -19,11 +19,15 @@ from normtool.report.sections import Section, sections
 _PIPE_WIDTH = 160
 
 
-def to_text(result: Any, verbose: bool = False, width: int = _PIPE_WIDTH) -> str:
-    """The result as plain tables, without colour."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
-    print_tables(console, sections(result, verbose))
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+def to_text(result: Any, verbose: bool = False) -> str:
+    """A result as plain tables, without colour."""
+    return plain_text(sections(result, verbose))
+
+
+def plain_text(parts: list[Section]) -> str:
+    file = io.StringIO()
+    print_tables(Console(file=file, width=_PIPE_WIDTH, color_system=None, force_terminal=False), parts)
+    return file.getvalue()
 
 
 def print_tables(console: Console, parts: list[Section]) -> None:

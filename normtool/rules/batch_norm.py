@@ -36,9 +36,14 @@ def inference_affine(constants: Constants, op: Op) -> Affine | Stop:
         reasons.append(Reason("no_running_stats", "it stores no mean and variance", op.name))
     if reasons or mean is None or var is None:
         return Stop(tuple(reasons))
-    map_ = batch_norm(
-        _given(gamma, mean, 1), _given(beta, mean, 0), mean, var, constants.attribute(op, "epsilon")
-    )
+    eps = constants.attribute(op, "epsilon")
+    if not isinstance(eps, int | float):
+        return Stop((Reason("malformed", f"its epsilon is {eps!r}", op.name),))
+    sizes = {p.shape for p in (gamma, beta, mean, var) if p is not None}
+    if len(sizes) > 1 or len(mean.shape) != 1:
+        message = f"its parameters have shapes {', '.join(map(str, sorted(sizes)))}"
+        return Stop((Reason("malformed", message, op.name),))
+    map_ = batch_norm(_given(gamma, mean, 1), _given(beta, mean, 0), mean, var, eps)
     if not map_.finite:
         return Stop((Reason("degenerate_stats", "γ/√(σ²+ε) or β − μ·s is not finite", op.name),))
     return map_

@@ -16,7 +16,7 @@ from normtool.errors import NormtoolError, StalePlan
 from normtool.formats.onnx.model import OnnxModel
 from normtool.formats.onnx.read import all_containers, read_skeleton, walk_nodes
 from normtool.formats.onnx.wire import PENDING
-from normtool.graph import Op, Scope
+from normtool.graph import Op, Scope, Tensor
 from normtool.ops import ROWS, find_spelling
 from normtool.planner import Plan
 from normtool.values import Value, bits_per_element, byte_count, to_array
@@ -45,20 +45,19 @@ def apply_plan(model: OnnxModel, plan: Plan) -> OnnxModel:
 
 def variant(
     model: OnnxModel,
-    values: Mapping[str, Value],
+    values: Mapping[Tensor, Value],
     rebinds: Iterable[Rebind] = (),
     outputs: Iterable[str] = (),
 ) -> OnnxModel:
-    """The model with other numbers in some constants of its main graph, and more graph outputs.
+    """The model with other numbers in some constants, and more graph outputs.
 
-    `values` are stored tensors by name (that of a Constant node is its output's); `rebinds` are for
-    constants that the model computes.
+    `values` replace what stored tensors hold; `rebinds` are for constants that the model computes.
     """
     rewriter = _Rewriter(model)
     for rebind in rebinds:
         rewriter.rebind(rebind)
-    for name, value in values.items():
-        rewriter.store(rewriter.stored[id(rewriter.main), name], name, value)
+    for tensor, value in values.items():
+        rewriter.replace_stored(tensor, value)
     known = {tensor.name: tensor for tensor in model.graph.tensors if tensor.scope == Scope()}
     for name in outputs:
         rank, dtype = model.graph.rank(known[name]), known[name].dtype
@@ -92,6 +91,8 @@ class _Rewriter:
             for name in node.output
         }
         self.stored = _stored(self.main, placed)
+        self.container_of = {op.scope: self.containers[op.source] for op in model.graph.ops}
+        self.container_of[Scope()] = self.main
 
     def result(self) -> OnnxModel:
         tensors = self.model.tensors.with_pending(self.pending)
@@ -156,6 +157,16 @@ class _Rewriter:
         node.attribute.extend(helper.make_attribute(name, value) for name, value in changed.items())
         for slot, rebind in edit.constants.items():
             self._connect(edit.op, node, slots.index(slot), rebind)
+
+    def replace_stored(self, tensor: Tensor, value: Value) -> None:
+        """Other numbers for a stored tensor, whoever reads it."""
+        container = self.container_of[tensor.scope]
+        proto = self.stored.get((id(container), tensor.name))
+        if proto is None:  # a Constant node that states a list of floats, or a sparse tensor
+            node = self.nodes[self.producer[id(container), tensor.name]]
+            del node.attribute[:]
+            proto = node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t
+        self.store(proto, tensor.name, value, inline=isinstance(container, FunctionProto))
 
     def freeze(self) -> None:
         """Take initializers off the list of graph inputs, so that no caller can override them."""

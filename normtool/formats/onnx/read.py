@@ -27,8 +27,12 @@ from normtool.formats.onnx import wire
 from normtool.formats.onnx.model import OnnxModel
 from normtool.formats.onnx.tensors import DataFile, ProtoValue, TensorReader, dtype_of
 from normtool.graph import ModelGraph, Op, Role, Scope, Shape, Tensor
+from normtool.norms import NORMS
 from normtool.ops import UNKNOWN, find_spelling, slot_name
 from normtool.values import Array, element_count
+
+#: onnx infers shapes call by call, and nested functions multiply.
+_MOST_CALLS = 100_000
 
 #: "norm" in an op's name, but not as in RandomNormal.
 _SOUNDS_LIKE_A_NORM = re.compile("norm(?!al(?!i[sz]))", re.IGNORECASE)
@@ -37,6 +41,8 @@ _SOUNDS_LIKE_A_NORM = re.compile("norm(?!al(?!i[sz]))", re.IGNORECASE)
 _RUNTIME_DOMAINS = frozenset(
     ["com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc", "org.pytorch.aten"]
 )
+
+_LARGEST_AXIS = 1 << 16
 
 #: What onnx's own C++ raises about a model it does not like.
 _ONNX_COMPLAINTS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
@@ -48,7 +54,7 @@ CALL = "call"
 Function = tuple[str, str, str]
 
 #: Who calls from the main graph.
-_MAIN: Function = ("", "", "")
+_MAIN: Function = ("\0main", "", "")
 
 
 def read_path(path: Path) -> OnnxModel:
@@ -59,8 +65,6 @@ def read_path(path: Path) -> OnnxModel:
     try:
         file = DataFile(path)
         proto = parse(file)
-    except IsADirectoryError:
-        raise UnreadableModel(f"{path}: is a folder; give the .onnx file in it") from None
     except OSError as error:
         raise UnreadableModel(f"{path}: {os.strerror(error.errno or 0)}") from None
     if not proto.HasField("graph"):
@@ -77,10 +81,11 @@ def read_proto(proto: onnx.ModelProto) -> OnnxModel:
     return read_skeleton(copy, TensorReader(None, None), None, None)
 
 
-def _check_text(proto: onnx.ModelProto) -> None:
-    """Names that are not UTF-8 come out of protobuf as bytes; nothing behind this line expects that.
+def _check_sane(proto: onnx.ModelProto) -> None:
+    """Refuse what would break the libraries behind this line.
 
-    Raises UnreadableModel.
+    Names that are not UTF-8 come out of protobuf as bytes, and onnx's shape inference crashes on an axis
+    beyond 32 bits. Raises UnreadableModel.
     """
     texts: list[Any] = []
     for container in all_containers(proto):
@@ -93,6 +98,10 @@ def _check_text(proto: onnx.ModelProto) -> None:
         for node in container.node:
             texts += [node.name, node.op_type, node.domain, node.overload, *node.input, *node.output]
             texts += [text for a in node.attribute for text in (a.name, a.ref_attr_name)]
+            wild = next((a for a in node.attribute if a.name == "axis" and abs(a.i) > _LARGEST_AXIS), None)
+            if wild is not None:
+                raise UnreadableModel(f"node {node.name!r} has axis {wild.i}, which no tensor has")
+        texts += [text for t in tensors_of(container) for e in t.external_data for text in (e.key, e.value)]
     texts += [entry.domain for entry in proto.opset_import]
     wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None:
@@ -117,7 +126,7 @@ def read_skeleton(
     """Build the graph of a skeleton whose data `tensors` finds."""
     builder = _Builder(proto, tensors)
     try:
-        _check_text(proto)
+        _check_sane(proto)
         graph = builder.build()
     except UnreadableModel as error:
         raise type(error)(f"{path}: {error}" if path else str(error)) from None
@@ -218,17 +227,17 @@ class _Builder:
         self.graph = ModelGraph()
         self.versions = _opset_versions(proto.opset_import)
         self.functions: dict[Function, FunctionProto] = {_function_key(f): f for f in proto.functions}
-        self.call_sites: dict[Function, dict[Function, int]] = {}
         self.unrecognised: dict[tuple[str, str], str] = {}
         #: nodes seen so far; an op's `source` is its number in the order of `walk_nodes`
         self.visited = 0
 
     def build(self) -> ModelGraph:
-        inferred = self._infer_shapes()
-        self._add_graph(inferred, self.proto.graph, Scope(), {}, self.versions, _MAIN)
+        counts = _call_counts(self.proto)
+        self.graph.calls = {_function_scope(key): count for key, count in counts.items()}
+        inferred = self._infer_shapes(sum(counts.values()))
+        self._add_graph(inferred, self.proto.graph, Scope(), {}, self.versions)
         for key, function in self.functions.items():
             self._add_function(key, function)
-        self._count_calls()
         try:
             self.graph.sorted_ops()
         except nx.NetworkXUnfeasible:
@@ -236,9 +245,11 @@ class _Builder:
         self._say_unrecognised()
         return self.graph
 
-    def _infer_shapes(self) -> GraphProto:
+    def _infer_shapes(self, calls: int) -> GraphProto:
         """The graph with the shapes onnx can infer, or as it stands where it cannot."""
         try:
+            if calls > _MOST_CALLS:
+                raise ValueError(f"{calls} function calls; onnx would follow each")
             return onnx.shape_inference.infer_shapes(self.proto).graph
         except (RuntimeError, ValueError, *_ONNX_COMPLAINTS) as error:
             line = (str(error).strip().splitlines() or ["no details"])[0]
@@ -254,7 +265,6 @@ class _Builder:
         scope: Scope,
         outer: MutableMapping[str, Tensor],
         versions: Mapping[str, int],
-        caller: Function,
     ) -> list[Tensor]:
         """Add one graph and return its outputs. `shaped` is `source` with inferred shapes."""
         known = {info.name: info for info in (*shaped.value_info, *shaped.output)}
@@ -267,18 +277,18 @@ class _Builder:
                 stored.overridable = self.proto.ir_version >= 4
         if len({info.name for info in source.input}) != len(source.input):
             raise UnreadableModel(f"graph {source.name!r} lists an input twice")
-        self._add_nodes(source, shaped, scope, outer, env, known, versions, caller)
+        self._add_nodes(source, shaped, scope, outer, env, known, versions)
         outputs = [self._resolve(info.name, env, outer, "the list of graph outputs") for info in source.output]
         if not scope.path:
             self.graph.add_outputs(scope, outputs)
         return outputs
 
     def _add_function(self, key: Function, function: FunctionProto) -> None:
-        scope = Scope((":".join(part for part in key if part),), function=True)
+        scope = _function_scope(key)
         env = {name: self._tensor(name, scope, None, Role.INPUT) for name in function.input}
         versions = _opset_versions(function.opset_import)
         known = {info.name: info for info in function.value_info}
-        self._add_nodes(function, function, scope, {}, env, known, versions, key)
+        self._add_nodes(function, function, scope, {}, env, known, versions)
         outputs = [self._resolve(name, env, {}, f"function {key[1]!r}") for name in function.output]
         self.graph.add_outputs(scope, outputs)
 
@@ -305,7 +315,6 @@ class _Builder:
         env: dict[str, Tensor],
         known: Mapping[str, ValueInfoProto],
         versions: Mapping[str, int],
-        caller: Function,
     ) -> None:
         already = set(env)
         for node in source.node:
@@ -319,7 +328,7 @@ class _Builder:
         in_order = True
         for node, shaped_node in zip(source.node, shaped.node, strict=True):
             in_order &= all(not name or name not in env or name in already for name in node.input)
-            self._add_node(node, shaped_node, scope, env, outer, versions, caller)
+            self._add_node(node, shaped_node, scope, env, outer, versions)
             already.update(node.output)
         if not in_order:
             message = "the nodes are not in topological order (ONNX Runtime sorts them itself)"
@@ -333,7 +342,6 @@ class _Builder:
         env: MutableMapping[str, Tensor],
         outer: MutableMapping[str, Tensor],
         versions: Mapping[str, int],
-        caller: Function,
     ) -> None:
         domain = "" if node.domain == "ai.onnx" else node.domain
         version = versions.get(domain, 1)
@@ -344,8 +352,6 @@ class _Builder:
         results: tuple[str, ...] = ("y", "extra*")
         if called in self.functions:
             kind = CALL
-            counts = self.call_sites.setdefault(called, {})
-            counts[caller] = counts.get(caller, 0) + 1
         elif found is not None:
             spelling, row = found
             kind, slots, results = row.kind, spelling.slots, row.outputs
@@ -363,7 +369,7 @@ class _Builder:
             stored.role = Role.CONSTANT
         op = Op(name, kind, scope, node.op_type, domain, version, attributes, self.visited)
         self.visited += 1
-        inputs |= self._bodies(node, shaped, name, scope, ChainMap(env, outer), versions, caller)
+        inputs |= self._bodies(node, shaped, name, scope, ChainMap(env, outer), versions)
         self.graph.add_op(op, inputs, outputs)
 
     def _bodies(
@@ -374,7 +380,6 @@ class _Builder:
         scope: Scope,
         visible: MutableMapping[str, Tensor],
         versions: Mapping[str, int],
-        caller: Function,
     ) -> dict[str, Tensor]:
         """Enter the node's graph attributes. It reads their outputs, at `then_branch.0` and so on."""
         reads: dict[str, Tensor] = {}
@@ -384,7 +389,7 @@ class _Builder:
                 continue
             inner = Scope((*scope.path, f"{name}.{attribute.name}"), scope.function)
             shaped_body = shapes[attribute.name].g if attribute.name in shapes else attribute.g
-            outputs = self._add_graph(shaped_body, attribute.g, inner, visible, versions, caller)
+            outputs = self._add_graph(shaped_body, attribute.g, inner, visible, versions)
             reads |= {f"{attribute.name}.{i}": tensor for i, tensor in enumerate(outputs)}
         return reads
 
@@ -465,22 +470,15 @@ class _Builder:
 
     # ---- closing --------------------------------------------------------------------------
 
-    def _count_calls(self) -> None:
-        """How often each function runs when the main graph runs once, through nested calls too."""
-        counts: dict[Function, int] = {_MAIN: 1}
-        calls = nx.DiGraph([(caller, called) for called, sites in self.call_sites.items() for caller in sites])
-        try:
-            order = list(nx.topological_sort(calls))
-        except nx.NetworkXUnfeasible:
-            raise UnreadableModel("a function calls itself; ONNX functions may not be recursive") from None
-        for called in order:
-            sites = self.call_sites.get(called, {})
-            counts.setdefault(called, sum(counts.get(caller, 0) * n for caller, n in sites.items()))
-        for key in self.functions:
-            scope = Scope((":".join(part for part in key if part),), function=True)
-            self.graph.calls[scope] = counts.get(key, 0)
-
     def _say_unrecognised(self) -> None:
+        with_norms = {op.scope.path[0] for op in self.graph.ops if op.kind in NORMS and op.scope.function}
+        for domain, name, _ in self.functions:
+            if (
+                _SOUNDS_LIKE_A_NORM.search(name)
+                and _function_scope((domain, name, "")).path[0] not in with_norms
+            ):
+                message = f"function {domain}::{name} sounds like a norm and has no norm operator in it"
+                self.graph.diagnostics.append(("unrecognised_norm", message, name))
         newest = onnx.defs.onnx_opset_version()
         if self.versions.get("", 0) > newest:
             message = f"opset {self.versions['']} is newer than {newest}, the newest that onnx knows here"
@@ -496,6 +494,34 @@ class _Builder:
 
 def _opset_versions(imports: Any) -> dict[str, int]:
     return {("" if entry.domain == "ai.onnx" else entry.domain): entry.version for entry in imports}
+
+
+def _function_scope(key: Function) -> Scope:
+    return Scope((":".join(part for part in key if part),), function=True)
+
+
+def _call_counts(proto: onnx.ModelProto) -> dict[Function, int]:
+    """How often each function runs when the main graph runs once, through nested calls too.
+
+    Raises UnreadableModel when a function calls itself.
+    """
+    callers = {_MAIN: proto.graph, **{_function_key(function): function for function in proto.functions}}
+    calls: nx.MultiDiGraph[Function] = nx.MultiDiGraph()
+    calls.add_nodes_from(callers)
+    for caller, root in callers.items():
+        for container in containers_below(root):
+            for node in container.node:
+                called = (node.domain, node.op_type, node.overload)
+                if called in callers:
+                    calls.add_edge(caller, called)
+    try:
+        order = list(nx.topological_sort(calls))
+    except nx.NetworkXUnfeasible:
+        raise UnreadableModel("a function calls itself; ONNX functions may not be recursive") from None
+    counts = {_MAIN: 1}
+    for called in order:
+        counts.setdefault(called, sum(counts[caller] for caller, _ in calls.in_edges(called)))
+    return {key: counts[key] for key in callers if key != _MAIN}
 
 
 def _function_key(function: FunctionProto) -> Function:
@@ -517,7 +543,7 @@ def _dimension(dim: Any) -> int | str | None:
     """A length, a symbol, or None. Old exporters write −1 or 0 for "any"."""
     if dim.HasField("dim_value"):
         return int(dim.dim_value) if dim.dim_value > 0 else None
-    return dim.dim_param or None
+    return dim.dim_param if dim.dim_param and isinstance(dim.dim_param, str) else None
 
 
 def _dense(sparse: SparseTensorProto, shape: tuple[int, ...]) -> Array:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +33,11 @@ from normtool.formats.onnx.apply import variant
 from normtool.formats.onnx.model import OnnxModel
 from normtool.formats.onnx.write import staged
 from normtool.graph import ModelGraph, Op, Role, Scope, Tensor
-from normtool.inputs import Shapes, attempts, is_dynamic, nudge
+from normtool.inputs import Shapes, attempts, fits, is_dynamic, model_inputs, nudge
 from normtool.norms import NORMS
 from normtool.parameters import roles
 from normtool.reasons import Reason
-from normtool.values import Array, Scaled, Value, element_count, is_float, row_blocks
+from normtool.values import Array, Scaled, Value, element_count, is_float, row_blocks, to_array
 
 #: Seconds that one child process may take.
 TIME_LIMIT = 900.0
@@ -47,8 +48,11 @@ NUDGES = (1, 2)
 #: How many sites are tried until a planted error of 1 % is seen at the outputs.
 SITES_TRIED = 3
 
-#: How many tensors inside the models are compared where the outputs are blind.
-TAPS = 8
+#: The same, where the outputs are blind and sites inside are compared.
+SITES_TRIED_INSIDE = 8
+
+#: With more folded sites than this, they are not compared one by one.
+MOST_TAPS = 256
 
 _WEIGHT_SLOTS = {"conv": ("weight",), "conv_transpose": ("weight",), "linear": ("b",), "matmul": ("a", "b")}
 
@@ -139,9 +143,9 @@ class _Validation:
         self._run_candidate()
         differences = self._compared("candidate")
         default, _ = compare(list(self._outputs("candidate-default", [0], reference="reference-default")))
-        verdict, sensitivity = worst(differences), None
+        verdict, sensitivity = self._verdict(differences), None
         sites: list[Difference] = []
-        if verdict != DIFFERENT:
+        if verdict == EQUAL:
             sensitivity = self._sensitivity(_spaced(self._suspects(), SITES_TRIED))
             if sensitivity is None or sensitivity.verdict != DIFFERENT:
                 verdict, sensitivity, sites = self._second_stage(sensitivity)
@@ -157,24 +161,53 @@ class _Validation:
             tuple(dict.fromkeys(self.notes)),
         )
 
+    def _verdict(self, differences: list[Difference]) -> str:
+        """An output that was never compared (NaN in the reference, no tensor) leaves the question open."""
+        if worst(differences) == EQUAL and len(differences) < len(set(self.output_names)):
+            return INCONCLUSIVE
+        return worst(differences)
+
     def _second_stage(self, blind: Sensitivity | None) -> tuple[str, Sensitivity | None, list[Difference]]:
         """The outputs do not show an error of 1 %: look inside, at tensors that a fold left with their names.
 
-        A saturated sigmoid or a softmax of equal logits hides everything; its input does not.
+        A saturated sigmoid or a softmax of equal logits hides everything; its input does not. But it hides the
+        rest of the model too, so the rest must be the same, op by op and number by number. And where the noise
+        has grown to a tenth of a tensor, as in chaotic models, nothing is shown there.
         """
         names = self.output_names
-        self.taps = tuple(_spaced(self._shared_activations(), TAPS))
-        if not self.taps:
+        taps = self._shared_activations()
+        if not taps or len(taps) > MOST_TAPS or self._differs_elsewhere(taps):
             return INCONCLUSIVE, blind, []
+        self.taps = tuple(taps)
         self.notes.append("an error of 1 % does not show at the outputs; folded sites inside were compared too")
         self._run_reference()
         self._run_candidate()
         found = self._compared("candidate")
         sites = [difference for difference in found if difference.name in self.taps]
-        sensitivity = self._sensitivity(self._tapped_weights()) if worst(sites) == EQUAL else None
+        sensitivity = None
+        if self._verdict(found) == EQUAL and all(site.resolved for site in sites):
+            sensitivity = self._sensitivity(_spaced(list(self._tapped_weights()), SITES_TRIED_INSIDE))
         self.output_names = names
         seen = sensitivity is not None and sensitivity.verdict == DIFFERENT
         return (EQUAL if seen else INCONCLUSIVE), sensitivity or blind, sites
+
+    def _differs_elsewhere(self, taps: list[str]) -> bool:
+        """Do the models differ in anything but the ops that produce the taps?"""
+        changed = {op for name in taps for op in self._behind(name)}
+        ours, theirs = (_described(model) for model in (self.candidate, self.reference))
+        for op in self.candidate.graph.ops:
+            if op in changed or op.kind == "constant":
+                continue
+            twin = theirs.get(ours_key := _key(self.candidate.graph, op))
+            if twin != ours[ours_key] or not self._reads_the_same(op):
+                return True
+        return False
+
+    def _reads_the_same(self, op: Op) -> bool:
+        """Are the stored operands of an op of the candidate those of the reference, number by number?"""
+        stored = {(t.scope, t.name): t.value for t in self.reference.graph.tensors}
+        own = [t for t in self.candidate.graph.inputs(op).values() if t.value is not None]
+        return all(_same(t.value, stored.get((t.scope, t.name))) for t in own)
 
     def _compared(self, who: str) -> list[Difference]:
         differences, notes = compare(list(self._outputs(who, range(len(self.input_sets)))))
@@ -193,7 +226,7 @@ class _Validation:
         runs.append(_Run("reference-default", path, level="default", sets=(0,)))
         tries: list[Any] = []
         if self.inputs_file is not None:
-            self.input_sets = [_described_inputs(self.inputs_file)]
+            self.input_sets = [_described_inputs(self.inputs_file, self.reference.graph)]
         elif not self.input_sets:
             tried = attempts(self.reference.graph, self.seed, self.shapes)
             tries = [[spec.to_dict() for spec in specs] for specs in tried]
@@ -223,7 +256,7 @@ class _Validation:
         for tried, tensor in enumerate(suspects, start=1):
             self.progress("planting an error of 1 %")
             assert tensor.value is not None
-            wrong = self._variant(self.candidate, "wrong", {tensor.name: _wrong_by_one_percent(tensor.value)})
+            wrong = self._variant(self.candidate, "wrong", {tensor: _wrong_by_one_percent(tensor.value)})
             steps = self._child("wrong", [_Run("wrong", wrong)], [])
             _refuse_failed("the candidate with a planted error", steps)
             found, _ = compare(list(self._outputs("wrong", range(len(self.input_sets)))))
@@ -241,8 +274,8 @@ class _Validation:
         weights = list(dict.fromkeys(weights)) or [
             tensor for tensor, role in _stored_roles(self.candidate).items() if role is Role.PARAMETER
         ]
-        stored = {t.name: t.value for t in self.reference.graph.tensors if t.value is not None}
-        return [t for t in weights if not _same(t.value, stored.get(t.name))] or weights
+        stored = {(t.scope, t.name): t.value for t in self.reference.graph.tensors}
+        return [t for t in weights if not _same(t.value, stored.get((t.scope, t.name)))] or weights
 
     def _shared_activations(self) -> list[str]:
         """Tensors of both main graphs that another kind of op produces now: what a fold leaves behind."""
@@ -258,22 +291,25 @@ class _Validation:
             and _is_typed(self.reference.graph, op)
         ]
 
-    def _tapped_weights(self) -> list[Tensor]:
-        """The weights of the ops that produce the taps, through an Add that may stand between."""
-        graph, weights = self.candidate.graph, []
-        producers = _producers(graph)
-        for name in self.taps:
-            op: Op | None = producers[name]
-            for _ in range(2):
-                weights += _weights_of(self.candidate, op) if op else []
-                data = graph.input(op, "a") if op else None
-                op = graph.producer(data) if data else None
-        return list(dict.fromkeys(weights))
+    def _tapped_weights(self) -> dict[Tensor, None]:
+        """The weights of the ops that produce the taps."""
+        ops = (op for name in self.taps for op in self._behind(name))
+        return dict.fromkeys(weight for op in ops for weight in _weights_of(self.candidate, op))
+
+    def _behind(self, tap: str) -> Iterator[Op]:
+        """The op of the candidate that produces a tap; where that only adds the shift, the absorber too."""
+        graph = self.candidate.graph
+        op = _producers(graph)[tap]
+        yield op
+        data = graph.input(op, "a") if op.kind == "add" else None
+        absorber = graph.producer(data) if data is not None else None
+        if absorber is not None:
+            yield absorber
 
     def _nudged(self, seed: int) -> Path:
         """The reference with every float weight one rounding away, computed ones (ConstantOfShape) too."""
         stored = {
-            tensor.name: Nudged(tensor.value, (seed, number))
+            tensor: Nudged(tensor.value, (seed, number))
             for number, (tensor, role) in enumerate(_stored_roles(self.reference).items())
             if role is not Role.CONSTANT and tensor.value is not None and is_float(tensor.value.dtype)
         }
@@ -292,7 +328,7 @@ class _Validation:
         return model.path or self._write(model, name)
 
     def _variant(
-        self, model: OnnxModel, name: str, values: Mapping[str, Value], rebinds: Sequence[Rebind] = ()
+        self, model: OnnxModel, name: str, values: Mapping[Tensor, Value], rebinds: Sequence[Rebind] = ()
     ) -> Path:
         return self._write(variant(model, values, rebinds, self.taps), name)
 
@@ -357,26 +393,45 @@ def _refuse_failed(who: str, steps: list[dict[str, Any]]) -> None:
             raise RuntimeRefused(f"ONNX Runtime refuses {who}: {step['error']}")
 
 
-def _described_inputs(path: Path) -> list[dict[str, Any]]:
+def _described_inputs(path: Path, graph: ModelGraph) -> list[dict[str, Any]]:
+    """What a user's .npz holds, for the report. Raises UsageError where it does not fit the model."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return [{"name": name, "shape": list(arrays[name].shape)} for name in arrays.files]
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: is not a readable .npz file ({error})") from None
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise UsageError(
+                    f"{path}: holds one array without a name; save it with numpy.savez(path, NAME=…)"
+                )
+            arrays = {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        detail = (str(error).splitlines() or ["empty"])[0]
+        raise UsageError(f"{path}: is not a readable .npz file ({detail})") from None
+    for tensor in model_inputs(graph):
+        _check_given(path, tensor, arrays.get(tensor.name))
+    return [{"name": name, "shape": list(array.shape)} for name, array in arrays.items()]
+
+
+def _check_given(path: Path, tensor: Tensor, array: Array | None) -> None:
+    if array is None:
+        raise UsageError(f"{path}: lacks the model's input {tensor.name!r}")
+    if tensor.dtype is not None and array.dtype != tensor.dtype:
+        raise UsageError(f"{path}: {tensor.name!r} is {array.dtype}, the model wants {tensor.dtype}")
+    if not fits(array.shape, tensor.shape):
+        raise UsageError(f"{path}: {tensor.name!r} has shape {array.shape}, the model wants {tensor.shape}")
 
 
 def _stored_roles(model: OnnxModel) -> dict[Tensor, Role]:
-    """Dense tensors stored in the main graph, and what they are."""
+    """Dense stored tensors, and what they are."""
     found = roles(model.graph, find_norms(model.graph))
-    return {t: role for t, role in found.items() if t.scope == Scope() and t.stored_elements is None}
+    return {t: role for t, role in found.items() if t.stored_elements is None}
 
 
 def _computed_weights(model: OnnxModel) -> Iterator[tuple[Op, str, Value]]:
-    """Float weights that the main graph computes from constants, where they are read."""
+    """Float weights that the model computes from constants, where they are read."""
     constants = Constants(model.graph)
     for op in model.graph.ops:
         slots = (*_WEIGHT_SLOTS.get(op.kind, ()), *(NORMS[op.kind].learnable if op.kind in NORMS else ()))
-        for slot in slots if op.scope == Scope() else ():
+        for slot in slots:
             tensor = model.graph.input(op, slot)
             value = constants.value(tensor) if tensor is not None and tensor.value is None else None
             if value is not None and not isinstance(value, Reason) and is_float(value.dtype):
@@ -384,15 +439,38 @@ def _computed_weights(model: OnnxModel) -> Iterator[tuple[Op, str, Value]]:
 
 
 def _weights_of(model: OnnxModel, op: Op) -> list[Tensor]:
-    """The stored float weights of a linear op in the main graph."""
-    slots = _WEIGHT_SLOTS.get(op.kind, ()) if op.scope == Scope() else ()
-    found = [model.graph.input(op, slot) for slot in slots]
+    """The stored float weights of a linear op."""
+    found = [model.graph.input(op, slot) for slot in _WEIGHT_SLOTS.get(op.kind, ())]
     return [tensor for tensor in found if tensor is not None and _is_weight(tensor)]
 
 
 def _producers(graph: ModelGraph) -> dict[str, Op]:
     """Activation name → op, for the main graph."""
     return {t.name: op for op in graph.ops if op.scope == Scope() for t in graph.outputs(op).values()}
+
+
+def _key(graph: ModelGraph, op: Op) -> tuple[str, tuple[str, ...]]:
+    """What identifies an op in two models: its scope and the names it gives."""
+    return str(op.scope), tuple(sorted(tensor.name for tensor in graph.outputs(op).values()))
+
+
+def _described(model: OnnxModel) -> dict[tuple[str, tuple[str, ...]], Any]:
+    """Each op by its key: spelling, attributes, names of what it reads."""
+    graph = model.graph
+    return {
+        _key(graph, op): (
+            op.spelling,
+            op.domain,
+            {name: _plain(value) for name, value in op.attributes.items()},
+            {slot: tensor.name for slot, tensor in graph.inputs(op).items()},
+        )
+        for op in graph.ops
+    }
+
+
+def _plain(attribute: Any) -> Any:
+    """An attribute as something that compares: tensors by their content."""
+    return to_array(attribute).tobytes() if hasattr(attribute, "rows") else attribute
 
 
 def _is_typed(graph: ModelGraph, op: Op) -> bool:

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,20 @@ from normtool.values import Array, Value, bits_per_element, element_count
 
 
 class DataFile:
-    """A file that weights are read from, held open: replacing the path does not change what is read."""
+    """A file that weights are read from, held open: replacing the path does not change what is read.
+
+    Raises OSError, or UnreadableModel for what is no regular file (a pipe would be waited for without end).
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self.descriptor).st_size
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        status = os.fstat(self.descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise UnreadableModel(f"{path}: is a folder; give the .onnx file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableModel(f"{path}: is no regular file")
+        self.size = status.st_size
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes. Raises UnreadableModel if the file has become shorter."""

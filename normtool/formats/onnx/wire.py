@@ -42,6 +42,9 @@ _DESCENT = {
     "attribute": {_ATTRIBUTE_TENSOR: "tensor", _ATTRIBUTE_GRAPH: "graph"},
 }
 
+#: Protobuf itself refuses messages that are nested deeper than this.
+_DEEPEST = 100
+
 #: Tag of `data_location`.
 _DATA_LOCATION = bytes([_TENSOR_DATA_LOCATION << 3 | _VARINT])
 
@@ -123,22 +126,25 @@ def _delimited(number: int, content: bytes) -> bytes:
     return delimited_header(number, len(content)) + content
 
 
-def _strip(buffer: Buffer, start: int, end: int, message: str) -> Iterator[bytes]:
+def _strip(buffer: Buffer, start: int, end: int, message: str, depth: int = 0) -> Iterator[bytes]:
     """The message's fields, with every tensor on the way down stripped."""
-    descent = _DESCENT[message]
+    descent = _DESCENT[message] if depth < _DEEPEST else {}
     copied = start  # fields that pass untouched are copied in runs
     for field in fields(buffer, start, end):
         inner = descent.get(field.number)
         if inner is None or field.wire_type != _DELIMITED or field.end - field.content <= STAYS_IN_FILE:
             continue
         yield bytes(buffer[copied : field.start])
-        strip = _strip_tensor if inner == "tensor" else _strip
-        yield _delimited(field.number, b"".join(strip(buffer, field.content, field.end, inner)))
+        if inner == "tensor":
+            parts = _strip_tensor(buffer, field.content, field.end)
+        else:
+            parts = _strip(buffer, field.content, field.end, inner, depth + 1)
+        yield _delimited(field.number, b"".join(parts))
         copied = field.end
     yield bytes(buffer[copied:end])
 
 
-def _strip_tensor(buffer: Buffer, start: int, end: int, message: str) -> Iterator[bytes]:
+def _strip_tensor(buffer: Buffer, start: int, end: int) -> Iterator[bytes]:
     parts = list(fields(buffer, start, end))
     data = next((part for part in parts if part.number == _TENSOR_RAW_DATA), None)
     if data is None or data.end - data.content <= STAYS_IN_FILE or _is_external(buffer, parts):

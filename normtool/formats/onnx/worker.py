@@ -88,7 +88,7 @@ def _run(job: dict[str, Any], run: dict[str, Any], sets: list[Any], report: Repo
     names = [output.name for output in session.get_outputs()]
     known = [entry.name for entry in session.get_inputs()]
     for number in range(len(sets)) if run["sets"] is None else run["sets"]:
-        feeds = _feeds(job, sets[number], run["nudge"], number)
+        feeds = _feeds(job, sets[number], run, number)
         try:
             outputs = session.run(None, {k: v for k, v in feeds.items() if k in known})
         except Exception as failure:
@@ -100,15 +100,16 @@ def _run(job: dict[str, Any], run: dict[str, Any], sets: list[Any], report: Repo
     report.line(step="run", name=run["name"], providers=providers, outputs=names, inputs=known)
 
 
-def _feeds(job: dict[str, Any], specs: list[Any], nudge_seed: int | None, number: int) -> dict[str, Array]:
+def _feeds(job: dict[str, Any], specs: list[Any], run: dict[str, Any], number: int) -> dict[str, Array]:
     if job["inputs_file"]:
         with np.load(job["inputs_file"], allow_pickle=False) as arrays:
             feeds = {name: arrays[name] for name in arrays.files}
     else:
         feeds = {spec.name: generate(spec) for spec in map(InputSpec.from_dict, specs)}
-    if nudge_seed is None:
+    if run["nudge"] is None:
         return feeds
-    return {k: nudge(v, np.random.default_rng([nudge_seed, number])) for k, v in feeds.items()}
+    rng = np.random.default_rng([run["nudge"], number])
+    return {name: nudge(array, rng) for name, array in feeds.items()}
 
 
 def _first_line(failure: Exception) -> str:
