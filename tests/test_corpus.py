@@ -114,8 +114,26 @@ def _runs_and_folds(entry: Entry) -> bool:
     return "BatchNormalization" in entry["norm"] and entry.get("ort_run") == "ok"
 
 
+#: Every weight of these is one repeated constant, made by ConstantOfShape: the output is a softmax of equal
+#: logits whatever goes in, and inside, sums of thousands of equal terms round systematically, by more than the
+#: floor that independent roundings set. Outputs agree to the last bit; more is not shown.
+NOTHING_TO_SHOW = ("light_inception_v2.onnx", "light_resnet50.onnx")
+
+
+@pytest.mark.parametrize("entry", corpus_cases(lambda entry: entry["file"].endswith(NOTHING_TO_SHOW)))
+def test_what_cannot_be_shown_is_not_called_equal(entry: Entry) -> None:
+    comparison = normtool.fold(_path(entry)).validation
+    assert comparison is not None
+    assert comparison.verdict == "inconclusive"
+    assert [difference.max_abs for difference in comparison.outputs] == [0.0]
+
+
+def _shows(entry: Entry) -> bool:
+    return _runs_and_folds(entry) and not entry["file"].endswith(NOTHING_TO_SHOW)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", corpus_cases(_runs_and_folds))
+@pytest.mark.parametrize("entry", corpus_cases(_shows))
 def test_what_is_folded_validates_equal(entry: Entry) -> None:
     result = normtool.fold(_path(entry), freeze=entry["id"] == OVERRIDABLE)
     if not result.folded:

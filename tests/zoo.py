@@ -19,8 +19,11 @@ Array = np.ndarray[Any, Any]
 class Net:
     """Builds one graph. Methods add an op and return the name of its output."""
 
-    def __init__(self, opset: int = 17, ir: int = 10, seed: int = 0, dtype: Any = np.float32) -> None:
-        self.opset, self.ir, self.dtype = opset, ir, np.dtype(dtype)
+    def __init__(
+        self, opset: int = 17, ir: int = 10, seed: int = 0, dtype: Any = np.float32, prefix: str = ""
+    ) -> None:
+        """`prefix` begins every generated name: a body may not reuse the names around it."""
+        self.opset, self.ir, self.dtype, self.prefix = opset, ir, np.dtype(dtype), prefix
         self.rng = np.random.default_rng(seed)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
@@ -36,7 +39,7 @@ class Net:
 
     def fresh(self, stem: str) -> str:
         self._number += 1
-        return f"{stem}{self._number}"
+        return f"{self.prefix}{stem}{self._number}"
 
     def input(self, shape: Sequence[int | str | None] | None, name: str = "x", dtype: Any = None) -> str:
         data_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype or self.dtype))
@@ -68,6 +71,20 @@ class Net:
         name = attributes.pop("name", None) or self.fresh(op_type)
         self.nodes.append(helper.make_node(op_type, inputs, names, name=name, **attributes))
         return names[0] if len(names) == 1 else names
+
+    def graph(self) -> onnx.GraphProto:
+        """The graph alone: the body of an If, Loop or Scan."""
+        return self.model().graph
+
+    def define(self, name: str, inner: "Net") -> None:
+        """Make `inner` the function `local::NAME`; its initializers become Constant nodes."""
+        constants = [helper.make_node("Constant", [], [t.name], value=t) for t in inner.initializers]
+        inputs, outputs = ([info.name for info in infos] for infos in (inner.inputs, inner.outputs))
+        imports = [helper.make_opsetid("", inner.opset)]
+        imports += [helper.make_opsetid(domain, version) for domain, version in inner.domains.items()]
+        nodes = [*constants, *inner.nodes]
+        self.functions.append(helper.make_function("local", name, inputs, outputs, nodes, imports))
+        self.domains["local"] = 1
 
     def model(self) -> onnx.ModelProto:
         graph = helper.make_graph(
