@@ -274,7 +274,8 @@ def ulp_distance(stored: Array, exact: Array) -> Array:
     limits = _limits(stored.dtype)
     wide = stored.astype(np.float64).astype(EXTENDED)
     _, exponent = np.frexp(np.abs(wide))
-    lowest = np.maximum(exponent - 1, limits.minexp) - limits.nmant
+    exponent = np.where(wide == 0, limits.minexp, exponent - 1)  # frexp(0) has no exponent to speak of
+    lowest = np.maximum(exponent, limits.minexp) - limits.nmant
     return np.asarray(np.abs(wide - exact) / np.ldexp(EXTENDED(1), lowest))
 
 

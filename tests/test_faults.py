@@ -270,6 +270,16 @@ class TestNoSuchPlace:
         assert {path.name for path in tmp_path.iterdir()} == {"source", "folder", "fifo"}
         assert (tmp_path / "fifo").is_fifo()
 
+    @pytest.mark.parametrize("over", ["m.onnx", "out.onnx"], ids=["over-the-input", "over-the-output"])
+    def test_report_in_place_of_a_model(self, normtool, source, over):
+        before = snapshot(source.parent)
+        target = source.with_name("out.onnx")
+        done = normtool("fold", source, "-o", target, "--no-validate", "--report", source.with_name(over))
+        assert done.returncode in (2, 5)
+        assert len(done.stderr.splitlines()) <= 2
+        assert before.items() <= snapshot(source.parent).items()
+        assert not target.exists() or onnx.load(target).graph.node
+
 
 # ---- Ctrl-C -----------------------------------------------------------------------------------
 

@@ -509,6 +509,12 @@ class TestNonsense:
         net.output(net.node(op_type, net.input([1, 4, 4, 4]), *operands, **attributes), [None] * 4)
         folds(net.model())
 
+    @pytest.mark.parametrize("attributes", [{}, {"to": "x"}, {"to": [1]}, {"to": 1.5}, {"to": 99}], ids=str)
+    def test_cast(self, attributes):
+        net = zoo.Net()
+        net.output(net.node("Cast", net.input([1, 4, 4, 4]), **attributes), [None] * 4)
+        folds(net.model())
+
     @pytest.mark.parametrize("attributes", BATCH_NORM_NONSENSE, ids=str)
     def test_batch_norm_attributes(self, attributes):
         assert folds(conv_and_norm(lambda statistics: statistics, **attributes)) == 0
@@ -518,6 +524,15 @@ class TestNonsense:
     def test_parameter_of_the_wrong_length(self, slot, length):
         values = np.arange(1, length + 1, dtype=np.float32)
         assert folds(conv_and_norm(lambda statistics: statistics, replaced={slot: values})) == 0
+
+    @pytest.mark.parametrize(
+        "bits", [0x7FA00000, 0x7FC00000, 0x7F800000], ids=["signalling-nan", "nan", "infinity"]
+    )
+    def test_weight_that_is_no_number(self, bits):
+        model = conv_and_norm(lambda statistics: statistics)
+        weight = model.graph.initializer[0]
+        weight.raw_data = np.full(12, bits, np.uint32).tobytes()
+        assert folds(model) == 0
 
     @pytest.mark.parametrize("count", range(4))
     def test_parameters_missing(self, count):
