@@ -154,7 +154,7 @@ def scan(
     from normtool import api
     from normtool.training import training_memory
 
-    _check_report(report)
+    _check_report(report, model)
     with _progress(quiet) as progress:
         progress.step(f"reading {model.name}")
         result = api.scan(model)
@@ -204,7 +204,7 @@ def fold(
         raise UsageError("fold needs -o OUTPUT, or --dry-run to only see the plan")
     if output is not None and not dry_run:
         check_destination(output, force)
-    _check_report(report)
+    _check_report(report, model, output)
     options = {"device": device, "seed": seed, "shapes": _shapes(input_shapes), "inputs_file": inputs_file}
     with _progress(quiet) as progress:
         progress.step(f"reading {model.name}")
@@ -279,7 +279,7 @@ def validate(
     from normtool import api
     from normtool.formats.onnx.run import validate_onnx
 
-    _check_report(report)
+    _check_report(report, reference, candidate)
     with _progress(quiet) as progress:
         progress.step("reading")
         models = api.load(reference), api.load(candidate)
@@ -365,19 +365,26 @@ def _print(out: TextIO, results: list[Any], text: str, style: str, verbose: int)
         out.write(plain_text(parts))
 
 
-def _check_report(path: Path | None) -> None:
-    """Refuse before the work what could not be written after it."""
+def _check_report(path: Path | None, *models: Path | None) -> None:
+    """Refuse before the work what could not be written after it, or would write over a model.
+
+    A report replaces an earlier one, which is why it is called .json.
+    """
     from normtool.formats.onnx.write import check_destination
 
-    if path is not None:
-        check_destination(path, force=True)
+    if path is None:
+        return
+    if any(model is not None and path.resolve() == model.resolve() for model in models):
+        raise UsageError(f"--report {path}: is a model of this very command; name another file")
+    if path.is_file() and path.suffix != ".json":
+        raise OutputError(f"{path}: exists, and is not called .json; a report replaces only reports")
+    check_destination(path, force=True)
 
 
 def _write_report(path: Path, text: str) -> None:
     """Atomically, as everything else is written."""
     from normtool.formats.onnx.write import as_output_error
 
-    _check_report(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with as_output_error(path):
         try:

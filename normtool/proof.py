@@ -33,6 +33,7 @@ from normtool.values import (
     round_to,
     row_blocks,
     to_array,
+    widened,
     working_dtype,
 )
 
@@ -137,7 +138,7 @@ def _exact_elementwise(kind: str, c: Mapping[str, Array], s: Array, t: Array) ->
 
 
 def to_wide(value: Value) -> Array:
-    return to_array(value).astype(np.float64).astype(EXTENDED)
+    return widened(to_array(value))
 
 
 def operands(constants: Constants, op: Op) -> dict[str, Value]:
@@ -272,7 +273,7 @@ def _underflows(stored: Array, exact: Array) -> bool:
 def ulp_distance(stored: Array, exact: Array) -> Array:
     """|stored − exact| in units of the last place of `stored`, subnormals included."""
     limits = _limits(stored.dtype)
-    wide = stored.astype(np.float64).astype(EXTENDED)
+    wide = widened(stored)
     _, exponent = np.frexp(np.abs(wide))
     exponent = np.where(wide == 0, limits.minexp, exponent - 1)  # frexp(0) has no exponent to speak of
     lowest = np.maximum(exponent, limits.minexp) - limits.nmant
@@ -301,10 +302,10 @@ def _region_error(constants: Constants, path: tuple[Op, ...], edits: tuple[Edit,
     others = tuple(axis for axis in range(reference.ndim) if axis != 1)
     # a filter that training has emptied writes its bias, and x − μ cancels: the terms are the yardstick then
     s, _ = exact_map(constants, path[1:])
-    terms = np.abs(absorbed).max(axis=others) * np.abs(s).astype(np.float64)
-    scale = np.maximum(np.abs(reference).max(axis=others), terms)
-    error = np.abs(reference - folded).max(axis=others)
     with np.errstate(all="ignore"):
+        terms = np.abs(absorbed).max(axis=others) * np.abs(s).astype(np.float64)
+        scale = np.maximum(np.abs(reference).max(axis=others), terms)
+        error = np.abs(reference - folded).max(axis=others)
         relative = np.where(error == 0, 0.0, error / scale)
     return float(relative.max(initial=0.0))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from normtool.values import Array, Rounded, Scaled, Value, element_count, row_blocks
+from normtool.values import Array, Rounded, Scaled, Value, element_count, row_blocks, widened
 
 Attributes = Mapping[str, Any]
 Operands = Mapping[str, Value]
@@ -21,13 +21,14 @@ def evaluate(kind: str, attributes: Attributes, x: Array, operands: Operands, sl
 
     Raises KeyError for a kind without a definition here.
     """
-    return _DEFINITIONS[kind](attributes, x, operands, slot)
+    with np.errstate(all="ignore"):
+        return _DEFINITIONS[kind](attributes, x, operands, slot)
 
 
 def wide_rows(value: Value, start: int, stop: int) -> Array:
     """Rows in float64; what a plan is about to write comes before its rounding."""
     rows = value.exact_rows if isinstance(value, Scaled | Rounded) else value.rows
-    return rows(start, stop).astype(np.float64)
+    return widened(rows(start, stop), np.float64)
 
 
 def wide(value: Value) -> Array:

@@ -9,14 +9,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from normtool.affine import Affine
 from normtool.constants import Constants
 from normtool.edits import Edit
 from normtool.graph import Op
 from normtool.reasons import Reason
-from normtool.values import EXTENDED, Array, Value, to_array
+from normtool.values import Array, Value, to_array, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +73,7 @@ class Operands:
     def wide(self, slot: str) -> Array | None:
         """The constant at `slot` in extended precision."""
         value = self.value(slot)
-        return None if value is None else to_array(value).astype(np.float64).astype(EXTENDED)
+        return None if value is None else widened(to_array(value))
 
     def stop(self) -> Stop:
         return Stop(tuple(self.reasons))

@@ -76,8 +76,9 @@ class Scaled:
         if factor.ndim and factor.shape[0] != 1:
             factor = factor[start:stop]
         wide = working_dtype(self.dtype)
-        product = self.source.rows(start, stop).astype(wide)
-        product *= factor.astype(wide)
+        product = widened(self.source.rows(start, stop), wide)
+        with np.errstate(all="ignore"):
+            product *= factor.astype(wide)
         return product
 
     def rows(self, start: int, stop: int) -> Array:
@@ -100,6 +101,15 @@ class Rounded:
 
     def rows(self, start: int, stop: int) -> Array:
         return round_to(self.exact_rows(start, stop), self.dtype)
+
+
+def widened(array: Array, dtype: np.dtype[Any] | type = EXTENDED) -> Array:
+    """The same numbers in a wider dtype, by way of float64 (ml_dtypes knows no other).
+
+    Weights that are no numbers (infinities, a signalling NaN) are judged by whoever asked, not warned about.
+    """
+    with np.errstate(invalid="ignore"):
+        return np.asarray(array.astype(np.float64).astype(dtype, copy=False))
 
 
 def working_dtype(destination: np.dtype[Any]) -> np.dtype[Any]:

@@ -231,6 +231,11 @@ def fill(path: Path) -> None:
 
 
 class TestNoSuchPlace:
+    @pytest.fixture
+    def source(self, tmp_path) -> Path:
+        (tmp_path / "source").mkdir()
+        return save(zoo.conv_bn(), tmp_path / "source" / "m.onnx", "embedded")
+
     @pytest.mark.parametrize(
         ("output", "says"),
         [

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 import normtool
 from normtool.api import load
 from normtool.errors import BackendUnavailable, NormtoolError, RuntimeRefused, UsageError
-from normtool.formats.onnx import run, worker
+from normtool.formats.onnx import child, worker
 from normtool.inputs import attempts, generate
 from tests import zoo
 from tests.zoo import Net
@@ -32,7 +32,7 @@ def worker_in_this_process(monkeypatch):
 
     Whatever fails here goes on to a process of its own, as a user's run does (`test_cli` has those).
     """
-    start = run._run_child
+    start = child.start
 
     def run_child(job_path: Path, time_limit: float) -> tuple[int, str]:
         try:
@@ -41,7 +41,7 @@ def worker_in_this_process(monkeypatch):
             return start(job_path, time_limit)
         return 0, ""
 
-    monkeypatch.setattr(run, "_run_child", run_child)
+    monkeypatch.setattr(child, "start", run_child)
 
 
 def right_fold(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -13,7 +13,7 @@ from normtool.constants import Constants
 from normtool.graph import Op
 from normtool.reasons import Reason
 from normtool.travel import Answer, BackwardRule, Pass, Stop, mismatch
-from normtool.values import EXTENDED, Array
+from normtool.values import Array, widened
 
 
 class Elementwise(BackwardRule):
@@ -51,7 +51,7 @@ def _constant_side(constants: Constants, op: Op) -> tuple[str, Array] | Stop:
         if isinstance(array, Reason):
             reasons.append(array)
         elif array is not None:
-            return data, array.astype(np.float64).astype(EXTENDED)
+            return data, widened(array)
     if all(reason.code == "dynamic_weight" for reason in reasons):
         message = f"{op.spelling} of two computed tensors"
         reasons = [Reason("unsupported_op", message, op.name)]

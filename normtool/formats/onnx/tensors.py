@@ -113,7 +113,7 @@ def dtype_of(data_type: int, name: str) -> np.dtype[Any]:
     """The numpy dtype of a TensorProto.DataType. Raises UnreadableModel for a number that is none."""
     try:
         return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(data_type))
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise UnreadableModel(f"tensor {name!r} has an unknown data type, {data_type}") from None
 
 
