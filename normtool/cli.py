@@ -3,12 +3,14 @@
 Imports of models and frameworks happen inside the commands: `normtool --help` needs click alone.
 """
 
+import functools
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -93,43 +95,83 @@ def _count_v(arguments: list[str]) -> int:
 Command = Callable[..., Any]
 
 
-def _common(command: Command) -> Command:
+@dataclass(frozen=True)
+class Common:
     """Options that every command on models has."""
-    for option in (
-        click.option("-v", "--verbose", count=True, help="Say more; -vv shows tracebacks of internal errors."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress, no notes."),
-        click.option("--report", type=click.Path(path_type=Path), help="Write the JSON of the run here too."),
-        click.option(
-            "--format",
-            "style",
-            type=click.Choice(["table", "json", "csv", "markdown"]),
-            default="table",
-            show_default=True,
-            help="What goes to stdout.",
-        ),
-    ):
-        command = option(command)
-    return command
+
+    style: str
+    report: Path | None
+    quiet: bool
+    verbose: int
 
 
-def _running(command: Command) -> Command:
+@dataclass(frozen=True)
+class Running:
     """Options of commands that run models."""
-    for option in (
-        click.option("--seed", default=0, show_default=True, help="Seed of the generated inputs."),
-        click.option(
-            "--inputs", "inputs_file", type=click.Path(path_type=Path), help="Run on these arrays (.npz)."
-        ),
-        click.option(
-            "--input",
-            "input_shapes",
-            multiple=True,
-            metavar="NAME=1x3x224x224[:dtype]",
-            help="Shape of a generated input.",
-        ),
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
-    ):
-        command = option(command)
-    return command
+
+    device: str
+    input_shapes: tuple[str, ...]
+    inputs_file: Path | None
+    seed: int
+
+    def to_validation(self) -> dict[str, Any]:
+        """The same as arguments of `validate_onnx`. Raises UsageError for a shape that is none."""
+        shapes = _shapes(self.input_shapes)
+        return {"device": self.device, "seed": self.seed, "shapes": shapes, "inputs_file": self.inputs_file}
+
+
+def _bundled(
+    name: str, into: type[Any], *options: Callable[[Command], Command]
+) -> Callable[[Command], Command]:
+    """Add click options to a command, which gets them as one value of the dataclass `into`."""
+    names = [field.name for field in fields(into)]
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def bundled(*arguments: Any, **values: Any) -> Any:
+            bundle = into(**{each: values.pop(each) for each in names})
+            return command(*arguments, **values, **{name: bundle})
+
+        decorated: Command = bundled
+        for option in options:
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+_common = _bundled(
+    "common",
+    Common,
+    click.option("-v", "--verbose", count=True, help="Say more; -vv shows tracebacks of internal errors."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress, no notes."),
+    click.option("--report", type=click.Path(path_type=Path), help="Write the JSON of the run here too."),
+    click.option(
+        "--format",
+        "style",
+        type=click.Choice(["table", "json", "csv", "markdown"]),
+        default="table",
+        show_default=True,
+        help="What goes to stdout.",
+    ),
+)
+
+_running = _bundled(
+    "running",
+    Running,
+    click.option("--seed", default=0, show_default=True, help="Seed of the generated inputs."),
+    click.option(
+        "--inputs", "inputs_file", type=click.Path(path_type=Path), help="Run on these arrays (.npz)."
+    ),
+    click.option(
+        "--input",
+        "input_shapes",
+        multiple=True,
+        metavar="NAME=1x3x224x224[:dtype]",
+        help="Shape of a generated input.",
+    ),
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+)
 
 
 @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -147,15 +189,13 @@ def cli() -> None:
 )
 @_common
 @click.pass_obj
-def scan(
-    out: TextIO, model: Path, optimizer: str | None, style: str, report: Path | None, quiet: bool, verbose: int
-) -> int:
+def scan(out: TextIO, model: Path, optimizer: str | None, common: Common) -> int:
     """Every norm layer of MODEL and what it stores."""
     from normtool import api
     from normtool.training import training_memory
 
-    _check_report(report, model)
-    with _progress(quiet) as progress:
+    _check_report(common.report, model)
+    with _progress(common.quiet) as progress:
         progress.step(f"reading {model.name}")
         result = api.scan(model)
     document = result.to_dict()
@@ -164,7 +204,7 @@ def scan(
         memory = training_memory(result.parameters, optimizer)
         document["training_memory"] = memory.to_dict()
         extra.append(memory)
-    _show(out, [result, *extra], document, style, report, verbose)
+    _show(out, [result, *extra], document, common)
     return 0
 
 
@@ -186,14 +226,8 @@ def fold(
     force: bool,
     freeze: bool,
     no_validate: bool,
-    device: str,
-    input_shapes: tuple[str, ...],
-    inputs_file: Path | None,
-    seed: int,
-    style: str,
-    report: Path | None,
-    quiet: bool,
-    verbose: int,
+    running: Running,
+    common: Common,
 ) -> int:
     """Fold the BatchNorms of MODEL into the ops before them."""
     from normtool import api
@@ -204,9 +238,9 @@ def fold(
         raise UsageError("fold needs -o OUTPUT, or --dry-run to only see the plan")
     if output is not None and not dry_run:
         check_destination(output, force)
-    _check_report(report, model, output)
-    options = {"device": device, "seed": seed, "shapes": _shapes(input_shapes), "inputs_file": inputs_file}
-    with _progress(quiet) as progress:
+    _check_report(common.report, model, output)
+    options = None if no_validate else running.to_validation()
+    with _progress(common.quiet) as progress:
         progress.step(f"reading {model.name}")
         opened = api.load(model)
         progress.step("planning and proving")
@@ -215,8 +249,8 @@ def fold(
         verdict = "equal"
         if output is not None and not dry_run:
             progress.step("writing")
-            result, verdict = _write(result, output, force, None if no_validate else options, progress.step)
-    _show(out, [result], result.to_dict(), style, report, verbose)
+            result, verdict = _write(result, output, force, options, progress.step)
+    _show(out, [result], result.to_dict(), common)
     if verdict == "equal":
         return 0
     complaint = f"the folded model is not shown to be equal ({verdict})"
@@ -232,8 +266,6 @@ def _write(
     step: Callable[[str], None],
 ) -> tuple[Any, str]:
     """Write beside the destination, validate what was written, and only then put it in place."""
-    from dataclasses import replace
-
     from normtool.formats.onnx.read import read_path
     from normtool.formats.onnx.run import validate_onnx
     from normtool.formats.onnx.write import staged
@@ -263,14 +295,8 @@ def validate(
     out: TextIO,
     reference: Path,
     candidate: Path,
-    device: str,
-    input_shapes: tuple[str, ...],
-    inputs_file: Path | None,
-    seed: int,
-    style: str,
-    report: Path | None,
-    quiet: bool,
-    verbose: int,
+    running: Running,
+    common: Common,
 ) -> int:
     """Do REFERENCE and CANDIDATE compute the same function?
 
@@ -279,15 +305,13 @@ def validate(
     from normtool import api
     from normtool.formats.onnx.run import validate_onnx
 
-    _check_report(report, reference, candidate)
-    with _progress(quiet) as progress:
+    _check_report(common.report, reference, candidate)
+    options = running.to_validation()
+    with _progress(common.quiet) as progress:
         progress.step("reading")
         models = api.load(reference), api.load(candidate)
-        shapes = _shapes(input_shapes)
-        result = validate_onnx(
-            *models, device=device, seed=seed, shapes=shapes, inputs_file=inputs_file, progress=progress.step
-        )
-    _show(out, [result], result.to_dict(), style, report, verbose)
+        result = validate_onnx(*models, **options, progress=progress.step)
+    _show(out, [result], result.to_dict(), common)
     return 0 if result.verdict == "equal" else 1
 
 
@@ -329,15 +353,13 @@ def _shapes(texts: tuple[str, ...]) -> dict[str, tuple[tuple[int, ...], str | No
 _DTYPES = "float16 float32 float64 bfloat16 bool int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
 
 
-def _show(
-    out: TextIO, results: list[Any], document: dict[str, Any], style: str, report: Path | None, verbose: int
-) -> None:
+def _show(out: TextIO, results: list[Any], document: dict[str, Any], common: Common) -> None:
     """The result on stdout in the style asked for, and its JSON in the report file."""
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    if report is not None:
-        _write_report(report, text)
+    if common.report is not None:
+        _write_report(common.report, text)
     try:
-        _print(out, results, text, style, verbose)
+        _print(out, results, text, common)
         out.flush()
     except BrokenPipeError:
         raise _ReaderLeft from None
@@ -345,17 +367,17 @@ def _show(
         raise OutputError(_stdout_error(error)) from None
 
 
-def _print(out: TextIO, results: list[Any], text: str, style: str, verbose: int) -> None:
-    if style == "json":
+def _print(out: TextIO, results: list[Any], text: str, common: Common) -> None:
+    if common.style == "json":
         out.write(text)
         return
     from normtool.report.sections import sections
     from normtool.report.table import plain_text, print_tables, to_csv, to_markdown
 
-    parts = [part for result in results for part in sections(result, bool(verbose))]
-    if style == "csv":
+    parts = [part for result in results for part in sections(result, bool(common.verbose))]
+    if common.style == "csv":
         out.write(to_csv(parts))
-    elif style == "markdown":
+    elif common.style == "markdown":
         out.write(to_markdown(parts))
     elif out.isatty():
         from rich.console import Console
