@@ -39,6 +39,9 @@ def main() -> None:
         code = cli.main(standalone_mode=False, obj=out) or 0
     except click.exceptions.Abort:
         code = INTERRUPTED
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        code = error.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "normtool"
@@ -252,6 +255,8 @@ def fold(
             result, verdict = _write(result, output, force, options, progress.step)
     _show(out, [result], result.to_dict(), common)
     if verdict == "equal":
+        if not (result.folded or dry_run or common.quiet):
+            print("normtool: nothing to fold; the output is the model as it was", file=sys.stderr)
         return 0
     complaint = f"the folded model is not shown to be equal ({verdict})"
     print(f"normtool: {complaint}; {output} was not written (--no-validate writes it anyway)", file=sys.stderr)
@@ -266,12 +271,13 @@ def _write(
     step: Callable[[str], None],
 ) -> tuple[Any, str]:
     """Write beside the destination, validate what was written, and only then put it in place."""
-    from normtool.formats.onnx.read import read_path
-    from normtool.formats.onnx.run import validate_onnx
     from normtool.formats.onnx.write import staged
 
     with staged(result.rewritten, output, force) as stage:
         if options is not None and result.folded:
+            from normtool.formats.onnx.read import read_path
+            from normtool.formats.onnx.run import validate_onnx
+
             written = read_path(stage.model_path)
             try:
                 comparison = validate_onnx(result.source, written, **options, progress=step)

@@ -9,7 +9,7 @@ from normtool.api import Rewrite
 from normtool.comparison import Comparison, Difference
 from normtool.parameters import Census
 from normtool.planner import Plan, Site
-from normtool.reasons import FOLDED
+from normtool.reasons import FOLDED, Reason
 from normtool.scanning import Scan
 from normtool.training import TrainingMemory
 
@@ -94,7 +94,7 @@ def _sites(sites: tuple[Site, ...], verbose: bool) -> list[Section]:
             site.norm.name,
             site.verdict,
             ", ".join(site.fold.into) if site.fold else "",
-            "; ".join(f"{reason.code}: {reason.message}" for reason in site.reasons),
+            _reasons(site.reasons),
         )
         for site in shown
     )
@@ -102,6 +102,13 @@ def _sites(sites: tuple[Site, ...], verbose: bool) -> list[Section]:
     detail = Section("Sites", ("name", "verdict", "into", "reasons"), rows, note=note if rows else "")
     total = Section("Verdicts", ("kind", "verdict", "norms"), summary, _COUNTS, "" if rows else note)
     return [detail, total, *_proofs(sites)]
+
+
+def _reasons(reasons: tuple[Reason, ...]) -> str:
+    """`code: message, message; code: message`: each code once."""
+    codes = dict.fromkeys(reason.code for reason in reasons)
+    messages = {code: ", ".join(r.message for r in reasons if r.code == code) for code in codes}
+    return "; ".join(f"{code}: {message}" for code, message in messages.items())
 
 
 def _proofs(sites: tuple[Site, ...]) -> list[Section]:
