@@ -33,6 +33,8 @@ class _ReaderLeft(Exception):
 
 def main() -> None:
     """Entry point: run the command and leave with its exit code."""
+    # the products of a proof are small: numpy's BLAS threads would spend more on waiting than on them
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     out = _claim_stdout()
     verbose = _count_v(sys.argv[1:])
     try:

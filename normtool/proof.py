@@ -326,7 +326,7 @@ def _conv_input(
     dilations = attributes.get("dilations") or [1] * rank
     strides = attributes.get("strides") or [1] * rank
     size = [(k - 1) * d + 1 + s for k, d, s in zip(weight[2:], dilations, strides, strict=True)]
-    return (2, weight[1] * int(attributes["group"]), *size), "x"
+    return (1, weight[1] * int(attributes["group"]), *size), "x"
 
 
 def _conv_transpose_input(
@@ -337,7 +337,7 @@ def _conv_transpose_input(
     rank = len(weight) - 2
     pads = attributes.get("pads") or [0] * 2 * rank
     size = [2 + pads[i] + pads[i + rank] for i in range(rank)]
-    return (2, weight[0], *size), "x"
+    return (1, weight[0], *size), "x"
 
 
 def _linear_input(
