@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
+from normtool import affine
 from normtool.cli import cli, main
 from normtool.comparison import Comparison
 from normtool.errors import OutputError, RuntimeRefused
@@ -585,3 +586,14 @@ def test_explain_without_a_code_lists_them(normtool):
     done = normtool("explain")
     assert done.returncode == 0
     assert done.stdout.split() == known_codes()
+
+
+def test_a_fold_that_fails_its_own_proof_is_said_loudly_and_not_made(model, monkeypatch, capsys):
+    """Even with --quiet: it is a bug of ours. Here ε is forgotten."""
+    right = affine.batch_norm
+    monkeypatch.setattr("normtool.rules.batch_norm.batch_norm", lambda g, b, m, v, eps: right(g, b, m, v, 0.0))
+    code, stdout = in_process("fold", model, "--dry-run", "--quiet", "--format", "json")
+    (site,) = json.loads(stdout)["sites"]
+    assert (code, site["verdict"]) == (0, "kept")
+    assert {reason["code"] for reason in site["reasons"]} == {"internal"}
+    assert "1 folds failed their own proof" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from normtool.formats.onnx.wire import PENDING
 from normtool.graph import Op, Scope, Tensor
 from normtool.ops import ROWS, find_spelling
 from normtool.planner import Plan
-from normtool.values import Value, bits_per_element, byte_count, to_array
+from normtool.values import Value, byte_count, to_array
 
 Container = GraphProto | FunctionProto
 
@@ -212,7 +212,7 @@ class _Rewriter:
         tensor.name = name
         tensor.dims.extend(value.shape)
         tensor.data_type = helper.np_dtype_to_tensor_dtype(value.dtype)
-        if inline or byte_count(value) <= INLINE_BYTES or bits_per_element(value.dtype) % 8:
+        if inline or byte_count(value) <= INLINE_BYTES:
             tensor.raw_data = to_array(value).tobytes()
             return
         key = f"{PENDING}{len(self.model.tensors.pending) + len(self.pending)}"
