@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -123,6 +124,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_rule_shown_is_the_rule() -> None:
+    (block,) = re.findall(
+        r"```python\n(.*?)   ```", (ROOT / "docs" / "adding-a-rule.md").read_text(), re.DOTALL
+    )
+    shown = textwrap.dedent(block).strip()
+    assert shown in (ROOT / "normtool" / "rules" / "conv.py").read_text()
 
 
 def test_files_named_in_the_architecture_exist() -> None:
