@@ -59,13 +59,11 @@ def _spatial(constants: Constants, op: Op, rank: int | None) -> Axes | None:
 
 
 def _grouped(constants: Constants, op: Op, rank: int | None) -> Axes | None:
-    """GroupNorm: over the channels of a group and every spatial axis, per sample."""
+    """GroupNorm: over the channels of a group and every spatial axis, per sample.
+
+    The contrib operators read N, H, W, C; the axes are the same.
+    """
     return None if rank is None else tuple(range(1, rank))
-
-
-def _channels_last_grouped(constants: Constants, op: Op, rank: int | None) -> Axes | None:
-    """The contrib GroupNorm reads N, H, W, C unless told otherwise: the axes are the same."""
-    return _grouped(constants, op, rank)
 
 
 def _from_axis_on(constants: Constants, op: Op, rank: int | None) -> Axes | None:
@@ -111,8 +109,8 @@ NORMS: Mapping[str, NormRow] = {
     "rms_norm": NormRow("rms_norm", _from_axis_on, ("weight",)),
     "skip_rms_norm": NormRow("rms_norm", _last, ("weight", "skip_bias")),
     "group_norm": NormRow("group_norm", _grouped, _WEIGHT_BIAS),
-    "contrib_group_norm": NormRow("group_norm", _channels_last_grouped, _WEIGHT_BIAS),
-    "skip_group_norm": NormRow("group_norm", _channels_last_grouped, (*_WEIGHT_BIAS, "skip_bias")),
+    "contrib_group_norm": NormRow("group_norm", _grouped, _WEIGHT_BIAS),
+    "skip_group_norm": NormRow("group_norm", _grouped, (*_WEIGHT_BIAS, "skip_bias")),
     "mean_variance_norm": NormRow("mean_variance_norm", _given_axes),
     "lp_norm": NormRow("lp_norm", _given_axis),
     "local_response_norm": NormRow("local_response_norm", _channel_window),

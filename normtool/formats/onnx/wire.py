@@ -1,9 +1,9 @@
 """Opens an .onnx file of any size without reading its weights.
 
 A protobuf message is a list of (tag, length, content) fields (protobuf.dev/programming-guides/encoding). The
-large `raw_data` of top-level initializers and Constant nodes is left in the file and replaced, in a *skeleton*
-of the same model, by an external-data reference to its offset. Every other byte is passed on as it stands,
-so protobuf itself still parses the model and nothing is lost, unknown fields included.
+large `raw_data` of initializers and Constant nodes (in bodies and functions too) is left in the file and
+replaced, in a *skeleton* of the same model, by an external-data reference to its offset. Every other byte is
+passed on as it stands, so protobuf itself still parses the model and nothing is lost, unknown fields included.
 """
 
 import secrets
