@@ -118,8 +118,11 @@ class _Rewriter:
         position = _slots_of(edit.op.kind, edit.op).index(edit.slot)
         old = node.input[position] if position < len(node.input) else ""
         if old and self._owned_by(edit.op, edit.slot, old):
-            self.store(self.stored[id(self.containers[edit.op.source]), old], old, edit.value)
-            self._restate(self.containers[edit.op.source], old, edit.value)
+            container = self.containers[edit.op.source]
+            stored = self.stored[id(container), old]
+            if tuple(stored.dims) != edit.value.shape:  # rare, and it looks through every value info
+                self._restate(container, old, edit.value)
+            self.store(stored, old, edit.value)
             return
         self._connect(edit.op, node, position, edit)
         self.displaced.add(old)
