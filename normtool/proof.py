@@ -6,7 +6,8 @@ Two checks, both independent of the rules that are judged:
     exact s and t are found by pushing the map *forward* through the chain in extended precision, and which
     output channel a weight belongs to is stated here again, by index (`_CHANNEL_OF`).
 (b) region: absorber and chain, evaluated in float64 from the operators' definitions (`semantics`) on random
-    input, agree per channel with the folded region to 1e-12.
+    input, agree with the folded region to 1e-12 of each channel's largest output or largest scaled term,
+    whichever is more. Dilations, strides and paddings are cut down to small ones (`_small_geometry`).
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +38,7 @@ from normtool.values import (
     working_dtype,
 )
 
-#: Largest relative difference of the two regions, per channel, in float64.
+#: Largest difference of the two regions in float64, relative to the yardstick of (b).
 REGION_TOLERANCE = 1e-12
 
 #: Half an ulp, with room for the rounding of the exact value itself.
