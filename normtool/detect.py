@@ -1,37 +1,75 @@
 """Finds every normalisation layer of a graph, bodies and functions included.
 
-Native operators are found by kind (`evidence: op`). Norms spelled out in primitive ops get their own
-finder here (`evidence: pattern`); the report already has its place for them.
+Native operators are found by kind (`evidence: op`), PyTorch's by the module they belong to. Norms spelled out
+in primitive ops get their own finder here (`evidence: pattern`); the report already has its place for them.
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from normtool.constants import Constants
-from normtool.graph import ModelGraph, Op, Scope, Tensor
+from normtool.graph import ModelGraph, NormModule, Op, Scope, Tensor
 from normtool.norms import NORMS, Axes, Norm, NormRow
 
 
 def find_norms(graph: ModelGraph, constants: Constants | None = None) -> list[Norm]:
-    """Every norm, in the order the model lists its ops."""
+    """Every norm: those that are ops in the order the model lists them, then modules that are none."""
     constants = constants or Constants(graph)
-    return [_norm(constants, op, NORMS[op.kind]) for op in graph.ops if op.kind in NORMS]
+    modules = {module.path: module for module in graph.norm_modules}
+    ops = [op for op in graph.ops if op.kind in NORMS]
+    found = [_of_op(constants, op, modules.get(op.owner)) for op in ops]
+    covered = {op.owner for op in ops}
+    for module in graph.norm_modules:
+        if module.path not in covered:
+            found += _of_module(graph, module)
+    return found
 
 
-def _norm(constants: Constants, op: Op, row: NormRow) -> Norm:
-    graph = constants.graph
+def _of_op(constants: Constants, op: Op, module: NormModule | None) -> Norm:
+    """An op, with what its module knows of it: a running count that no op reads, a parametrised weight."""
+    graph, row = constants.graph, NORMS[op.kind]
     data = graph.input(op, row.data)
-    eps = constants.attribute(op, "epsilon")
     return Norm(
-        op=op,
-        row=row,
         name=op.name,
+        kind=row.kind,
+        spelling=f"{op.domain}::{op.spelling}" if op.domain else op.spelling,
+        evidence=module.evidence if module else "op",
         axes=_axes(constants, op, row, graph.rank(data) if data is not None else None),
-        eps=_number(eps),
-        learnable=_operands(graph, op, row.learnable),
-        buffers=_operands(graph, op, row.buffers),
+        eps=_number(constants.attribute(op, "epsilon")),
+        learnable=module.learnable if module else _operands(graph, op, row.learnable),
+        buffers=module.buffers if module else _operands(graph, op, row.buffers),
         calls=graph.calls.get(_function_of(op.scope), 1),
+        op=op,
+        module=module,
     )
+
+
+def _of_module(graph: ModelGraph, module: NormModule) -> Iterator[Norm]:
+    """A norm that is no single op: once for each call of a spelled-out BatchNorm, else once in all."""
+    norm = Norm(
+        module.name,
+        module.kind,
+        module.spelling,
+        module.evidence,
+        module.axes,
+        module.eps,
+        module.learnable,
+        module.buffers,
+        module.calls,
+        module=module,
+    )
+    lasts = _last_ops(graph, module) if module.kind == "batch_norm" else {}
+    for call, op in lasts.items():
+        yield replace(norm, name=f"{module.name}@{call}" if call else module.name, calls=1, op=op)
+    if not lasts:
+        yield norm
+
+
+def _last_ops(graph: ModelGraph, module: NormModule) -> dict[int, Op]:
+    """The op that each call of a module ends with. (A frozen BatchNorm ends with the Add of its shift.)"""
+    return {op.call: op for op in graph.ops if op.owner == module.path}
 
 
 def _axes(constants: Constants, op: Op, row: NormRow, rank: int | None) -> Axes | None:

@@ -43,6 +43,8 @@ class Tensor:
 
     `value` is what the file stores; a tensor *computed* from constants has none (see `constants`).
     `overridable`: the caller may pass another value at run time, so the stored one proves nothing.
+    `written`: an op changes it in place, so neither does the stored one.
+    `frozen`: a parameter that does not ask for a gradient (PyTorch says so, ONNX cannot).
     """
 
     name: str
@@ -53,6 +55,8 @@ class Tensor:
     value: Value | None = None
     overridable: bool = False
     stored_elements: int | None = None
+    written: bool = False
+    frozen: bool = False
 
     def __repr__(self) -> str:
         return f"Tensor({self.name!r})"
@@ -63,6 +67,8 @@ class Op:
     """One operator with its canonical kind and attributes.
 
     `source` is what the format reader made it from; only that format's writer looks at it.
+    `owner` is the path of the module whose own code calls it, and `call` counts that module's calls from 0
+    (PyTorch; ONNX has no modules).
     """
 
     name: str
@@ -73,9 +79,40 @@ class Op:
     version: int = 0
     attributes: Mapping[str, Any] = field(default_factory=dict)
     source: Any = None
+    owner: str = ""
+    call: int = 0
 
     def __repr__(self) -> str:
         return f"Op({self.kind} {self.name!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class NormModule:
+    """A norm that the reader knows as a whole, whatever ops it consists of.
+
+    A PyTorch module, or the tensors of a checkpoint. `name` is the module path, `spelling` its class;
+    `evidence` says how it came to be called a norm: by its class (`module`), by what it does to numbers
+    (`probe`), by its running statistics (`statistics`) or by its name alone (`name`).
+    `unknown` counts operands that exist and have no size yet (lazy modules); `calls` is None where no
+    dataflow says how often it runs.
+    """
+
+    name: str
+    kind: str
+    spelling: str
+    evidence: str
+    learnable: tuple["Tensor", ...] = ()
+    buffers: tuple["Tensor", ...] = ()
+    axes: tuple[int, ...] | None = None
+    eps: float | None = None
+    unknown: int = 0
+    calls: int | None = None
+    owner: str | None = None
+
+    @property
+    def path(self) -> str:
+        """What `Op.owner` says of its ops; "" for a model that is itself a norm."""
+        return self.name if self.owner is None else self.owner
 
 
 @dataclass(frozen=True)
@@ -97,11 +134,18 @@ class ModelGraph:
     (`weight`, `a`, `inputs.2`, `then_branch.0`).
     """
 
+    #: The scope of everything that lies in no body and no function.
+    MAIN = Scope()
+
     def __init__(self) -> None:
         self.nodes: nx.MultiDiGraph[Any] = nx.MultiDiGraph()
         self.ops: list[Op] = []
         self.tensors: list[Tensor] = []
         self.calls: dict[Scope, int] = {}
+        #: norms known as modules, beside those that are ops
+        self.norm_modules: list[NormModule] = []
+        #: why nothing is known of what reads what ("" where it is); then no rewrite is possible
+        self.no_dataflow = ""
         #: (code, message, where) of everything the reader noticed and could live with
         self.diagnostics: list[tuple[str, str, str]] = []
 

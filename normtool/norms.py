@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from normtool.constants import Constants
-from normtool.graph import Op, Scope, Tensor
+from normtool.graph import NormModule, Op, Scope, Tensor
 
 #: Axes counted from the front where the rank is known, else as the op states them.
 Axes = tuple[int, ...]
@@ -16,36 +16,39 @@ AxesOf = Callable[[Constants, Op, int | None], Axes | None]
 
 @dataclass(frozen=True)
 class NormRow:
-    """`learnable` and `buffers` are slots; `evidence` is how the op came to be called a norm."""
+    """`learnable` and `buffers` are slots."""
 
     kind: str
     axes: AxesOf
     learnable: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
     data: str = "x"
-    evidence: str = "op"
 
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """One normalisation site. `eps` is None where the operator has none."""
+    """One normalisation site: an op, a module, or both.
 
-    op: Op
-    row: NormRow
+    `eps` is None where the operator has none, `calls` where nothing says how often it runs. `op` is None for a
+    norm that is known as a module only: one spelled out in primitive ops, one that is never called, or any
+    where there is no dataflow.
+    """
+
     name: str
+    kind: str
+    spelling: str
+    evidence: str
     axes: Axes | None
     eps: float | None
     learnable: tuple[Tensor, ...]
     buffers: tuple[Tensor, ...]
-    calls: int = 1
-
-    @property
-    def kind(self) -> str:
-        return self.row.kind
+    calls: int | None = 1
+    op: Op | None = None
+    module: NormModule | None = None
 
     @property
     def scope(self) -> Scope:
-        return self.op.scope
+        return self.op.scope if self.op is not None else Scope()
 
 
 def _all_but_channels(constants: Constants, op: Op, rank: int | None) -> Axes | None:
@@ -102,7 +105,7 @@ _WEIGHT_BIAS = ("weight", "bias")
 
 NORMS: Mapping[str, NormRow] = {
     "batch_norm": NormRow("batch_norm", _all_but_channels, _WEIGHT_BIAS, ("mean", "var")),
-    "instance_norm": NormRow("instance_norm", _spatial, _WEIGHT_BIAS),
+    "instance_norm": NormRow("instance_norm", _spatial, _WEIGHT_BIAS, ("mean", "var")),
     "layer_norm": NormRow("layer_norm", _from_axis_on, _WEIGHT_BIAS),
     "skip_layer_norm": NormRow("layer_norm", _last, (*_WEIGHT_BIAS, "skip_bias")),
     "embed_layer_norm": NormRow("layer_norm", _behind_the_indices, _WEIGHT_BIAS, data="input_ids"),

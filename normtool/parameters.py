@@ -54,7 +54,12 @@ _CARRIERS = frozenset("identity cast cast_like transpose reshape squeeze unsquee
 
 @dataclass(frozen=True)
 class Census:
-    """Elements and bytes by role. `frozen` is always 0 in ONNX, which has no such mark."""
+    """Elements and bytes by role; storage that several names share is counted once.
+
+    `frozen` is always 0 in ONNX, which has no such mark. `named` and `unique` are the two other totals of
+    learnable and frozen parameters that people quote: every name counted, and every parameter object
+    counted, whatever storage they share. `uninitialised` tensors have no size yet and are in no count.
+    """
 
     learnable: int = 0
     frozen: int = 0
@@ -64,6 +69,14 @@ class Census:
     frozen_bytes: int = 0
     buffer_bytes: int = 0
     constant_bytes: int = 0
+    named: int = 0
+    unique: int = 0
+    uninitialised: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Learnable and frozen together."""
+        return self.learnable + self.frozen
 
     def to_dict(self) -> dict[str, int]:
         return dict(vars(self))
@@ -81,6 +94,8 @@ def census_of(graph: ModelGraph, role_of: dict[Tensor, Role]) -> Census:
         elements[role] += stored_elements(tensor)
         size[role] += stored_bytes(tensor)
     return Census(
+        named=elements[Role.PARAMETER],
+        unique=elements[Role.PARAMETER],
         learnable=elements[Role.PARAMETER],
         buffers=elements[Role.BUFFER],
         constants=elements[Role.CONSTANT],
@@ -101,7 +116,9 @@ def roles(graph: ModelGraph, norms: Iterable[Norm]) -> dict[Tensor, Role]:
     for tensor in graph.tensors:
         if tensor.value is None:
             continue
-        if tensor in buffers:
+        if tensor.role in (Role.PARAMETER, Role.BUFFER):  # the format says so itself
+            role_of[tensor] = tensor.role
+        elif tensor in buffers:
             role_of[tensor] = Role.BUFFER
         elif tensor in learnable:
             role_of[tensor] = Role.PARAMETER

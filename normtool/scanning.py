@@ -8,36 +8,52 @@ from normtool.constants import Constants
 from normtool.detect import find_norms
 from normtool.graph import ModelGraph, Tensor
 from normtool.norms import Norm
-from normtool.parameters import Census, census, stored_elements, stored_root
+from normtool.parameters import Census, census_of, roles, stored_elements, stored_root
 
 SCHEMA = "normtool.scan/1"
 
 
 @dataclass(frozen=True)
 class NormCount:
-    """One norm's own elements. `computed` are operands made at run time, which store nothing."""
+    """One norm's own elements. `computed` are operands made at run time, which store nothing.
+
+    `uninitialised` operands of a lazy module exist and have no size yet. `calls` is None where unknown.
+    """
 
     norm: Norm
+    calls: int | None
     learnable: int
+    frozen: int
     buffers: int
     computed: int
+    uninitialised: int
     shared_with: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The module path, else the name of the op."""
+        return self.norm.module.name if self.norm.module is not None else self.norm.name
+
+    @property
+    def spelling(self) -> str:
+        return self.norm.module.spelling if self.norm.module is not None else self.norm.spelling
 
     def to_dict(self) -> dict[str, Any]:
         norm = self.norm
         return {
-            "name": norm.name,
+            "name": self.name,
             "kind": norm.kind,
-            "spelling": f"{norm.op.domain}::{norm.op.spelling}" if norm.op.domain else norm.op.spelling,
-            "evidence": norm.row.evidence,
+            "spelling": self.spelling,
+            "evidence": norm.evidence,
             "scope": str(norm.scope),
             "axes": None if norm.axes is None else list(norm.axes),
             "eps": norm.eps,
             "learnable": self.learnable,
-            "frozen": 0,
+            "frozen": self.frozen,
             "buffers": self.buffers,
             "computed_operands": self.computed,
-            "calls": norm.calls,
+            "uninitialised": self.uninitialised,
+            "calls": self.calls,
             "shared_with": list(self.shared_with),
         }
 
@@ -80,43 +96,65 @@ def diagnostics_to_dicts(diagnostics: tuple[tuple[str, str, str], ...]) -> list[
     return [{"code": code, "message": message, "where": where} for code, message, where in diagnostics]
 
 
-def scan_graph(graph: ModelGraph, model: dict[str, Any]) -> Scan:
-    """Count the norms and parameters of a graph; `model` says what it was read from."""
+def scan_graph(graph: ModelGraph, model: dict[str, Any], census: Census | None = None) -> Scan:
+    """Count the norms and parameters of a graph; `model` says what it was read from.
+
+    `census` is for formats that know more of their parameters than the graph does.
+    """
     norms = find_norms(graph, Constants(graph))
+    groups = _by_module(norms)
     return Scan(
         model=model,
-        parameters=census(graph, norms),
-        norms=tuple(_count(graph, norms)),
-        summary=_summary(graph, norms),
+        parameters=census if census is not None else census_of(graph, roles(graph, norms)),
+        norms=tuple(_count(graph, groups)),
+        summary=_summary(graph, groups),
         diagnostics=tuple(graph.diagnostics),
     )
 
 
-def _count(graph: ModelGraph, norms: list[Norm]) -> list[NormCount]:
-    users: defaultdict[Tensor, list[str]] = defaultdict(list)
+def _by_module(norms: list[Norm]) -> list[list[Norm]]:
+    """Sites of one module together: it is one norm, called several times."""
+    groups: defaultdict[object, list[Norm]] = defaultdict(list)
     for norm in norms:
+        groups[norm.module if norm.module is not None else norm].append(norm)
+    return list(groups.values())
+
+
+def _count(graph: ModelGraph, groups: list[list[Norm]]) -> list[NormCount]:
+    users: defaultdict[Tensor, list[Norm]] = defaultdict(list)
+    for norm, *_ in groups:
         for root in _roots(graph, (*norm.learnable, *norm.buffers)):
-            users[root].append(norm.name)
-    return [_count_one(graph, norm, users) for norm in norms]
+            users[root].append(norm)
+    return [_count_one(graph, group, users) for group in groups]
 
 
-def _count_one(graph: ModelGraph, norm: Norm, users: dict[Tensor, list[str]]) -> NormCount:
+def _count_one(graph: ModelGraph, group: list[Norm], users: dict[Tensor, list[Norm]]) -> NormCount:
+    norm = group[0]
     learnable, buffers = _roots(graph, norm.learnable), _roots(graph, norm.buffers)
-    shared = dict.fromkeys(name for root in (*learnable, *buffers) for name in users[root])
+    shared = dict.fromkeys(other for root in (*learnable, *buffers) for other in users[root])
     return NormCount(
         norm=norm,
-        learnable=sum(map(stored_elements, learnable)),
+        calls=_calls(group),
+        learnable=sum(stored_elements(root) for root in learnable if not root.frozen),
+        frozen=sum(stored_elements(root) for root in learnable if root.frozen),
         buffers=sum(map(stored_elements, buffers)),
         computed=len(norm.learnable) + len(norm.buffers) - len(learnable) - len(buffers),
-        shared_with=tuple(name for name in shared if name != norm.name),
+        uninitialised=norm.module.unknown if norm.module is not None else 0,
+        shared_with=tuple(other.module.name if other.module else other.name for other in shared if other is not norm),
     )
+
+
+def _calls(group: list[Norm]) -> int | None:
+    calls = [norm.calls for norm in group if norm.calls is not None]
+    return sum(calls) if calls else None
 
 
 def _roots(graph: ModelGraph, tensors: tuple[Tensor, ...]) -> list[Tensor]:
     return [root for tensor in tensors if (root := stored_root(graph, tensor)) is not None]
 
 
-def _summary(graph: ModelGraph, norms: list[Norm]) -> dict[str, KindCount]:
+def _summary(graph: ModelGraph, groups: list[list[Norm]]) -> dict[str, KindCount]:
+    norms = [group[0] for group in groups]
     counts = Counter(norm.kind for norm in norms)
     learnable: defaultdict[str, set[Tensor]] = defaultdict(set)
     buffers: defaultdict[str, set[Tensor]] = defaultdict(set)
@@ -125,7 +163,9 @@ def _summary(graph: ModelGraph, norms: list[Norm]) -> dict[str, KindCount]:
         buffers[norm.kind].update(_roots(graph, norm.buffers))
     return {
         kind: KindCount(
-            count, sum(map(stored_elements, learnable[kind])), sum(map(stored_elements, buffers[kind]))
+            count,
+            sum(stored_elements(root) for root in learnable[kind] if not root.frozen),
+            sum(map(stored_elements, buffers[kind])),
         )
         for kind, count in counts.items()
     }

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normtool.api import Rewrite
 from normtool.comparison import Comparison, Difference
@@ -12,6 +12,9 @@ from normtool.planner import Plan, Site
 from normtool.reasons import FOLDED, Reason
 from normtool.scanning import Scan
 from normtool.training import TrainingMemory
+
+if TYPE_CHECKING:
+    from normtool.conversion import Conversion
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Section:
 
 def sections(result: Any, verbose: bool = False) -> list[Section]:
     """The sections of any result. The first that has rows is the one that CSV shows."""
-    return _SECTIONS[type(result)](result, verbose)
+    render = _SECTIONS.get(type(result)) or _LAZY[type(result).__name__]
+    return render(result, verbose)
 
 
 _COUNTS = frozenset(
@@ -38,9 +42,9 @@ _COUNTS = frozenset(
 def _scan(scan: Scan, verbose: bool) -> list[Section]:
     norms = tuple(
         (
-            norm.norm.name,
+            norm.name,
             norm.norm.kind,
-            norm.norm.op.spelling,
+            norm.spelling,
             _list(norm.norm.axes),
             "" if norm.norm.eps is None else f"{norm.norm.eps:.3g}",
             _count(norm.learnable),
@@ -141,10 +145,32 @@ def _rewrite(rewrite: Rewrite, verbose: bool) -> list[Section]:
     found.append(Section("Parameters", ("role", "before", "after", "change"), rows, _COUNTS))
     if rewrite.validation is not None:
         found += _comparison(rewrite.validation, verbose)
-    if rewrite.outputs:
-        written = tuple((output["path"], output["sha256"]) for output in rewrite.outputs)
-        found.append(Section("Written", ("path", "sha256"), written))
-    return found
+    return [*found, *_written(rewrite.outputs)]
+
+
+def _conversion(conversion: "Conversion", verbose: bool) -> list[Section]:
+    account = conversion.reconciliation
+    roles = ("learnable", "frozen", "buffers", "constants")
+    lines = [("the model given", *(_count(getattr(account.source, role)) for role in roles))]
+    for difference in account.differences:
+        lines.append((difference.message, *(_signed(difference.by_role[role]) for role in roles)))
+    if any(account.unexplained.values()):
+        lines.append(("not explained", *(_signed(account.unexplained[role]) for role in roles)))
+    lines.append(("the file", *(_count(getattr(account.made, role)) for role in roles)))
+    found = _sites(conversion.sites, verbose)
+    found.append(Section("From the model to the file", ("what", *roles), tuple(lines), frozenset(roles)))
+    if conversion.validation is not None:
+        found += _comparison(conversion.validation, verbose)
+    return [*found, *_written(conversion.outputs)]
+
+
+def _signed(number: int) -> str:
+    return f"{number:+,}" if number else ""
+
+
+def _written(outputs: tuple[dict[str, str], ...]) -> list[Section]:
+    rows = tuple((output["path"], output["sha256"]) for output in outputs)
+    return [Section("Written", ("path", "sha256"), rows)] if rows else []
 
 
 def _comparison(comparison: Comparison, verbose: bool) -> list[Section]:
@@ -205,3 +231,6 @@ _SECTIONS: dict[type, Callable[[Any, bool], list[Section]]] = {
     Comparison: _comparison,
     TrainingMemory: _memory,
 }
+
+#: Results of formats whose frameworks a report on another must not import, by the name of their class.
+_LAZY: dict[str, Callable[[Any, bool], list[Section]]] = {"Conversion": _conversion}
