@@ -37,6 +37,10 @@ class Constants:
 
     def value(self, tensor: Tensor, depth: int = 0) -> Value | Reason:
         """The content of `tensor`, or why it is not constant."""
+        if tensor.written:
+            return Reason(
+                "dynamic_weight", f"{tensor.name!r} is changed in place when the model runs", tensor.name
+            )
         if tensor.value is not None:
             if tensor.overridable and not self.freeze:
                 return Reason("overridable", f"{tensor.name!r} is also a graph input", tensor.name)
@@ -161,7 +165,9 @@ def _elementwise(function: Callable[..., Any], *slots: str) -> Callable[..., Arr
         with np.errstate(all="ignore"):
             result = np.asarray(function(*(inputs[slot] for slot in slots)))
         _bound(result.shape)
-        return result.astype(inputs[slots[0]].dtype)
+        # ATen mixes dtypes (integers times 0.5), and says what comes out
+        made = constants.graph.output(op).dtype
+        return result.astype(inputs[slots[0]].dtype if made is None else made)
 
     return compute
 
@@ -182,6 +188,7 @@ _COMPUTE: Mapping[str, Callable[[Constants, Op, Inputs], Array]] = {
     "concat": _concat,
     "neg": _elementwise(np.negative, "x"),
     "sqrt": _elementwise(np.sqrt, "x"),
+    "rsqrt": _elementwise(lambda x: 1 / np.sqrt(x), "x"),
     "reciprocal": _elementwise(np.reciprocal, "x"),
     "add": _elementwise(np.add, "a", "b"),
     "sub": _elementwise(np.subtract, "a", "b"),

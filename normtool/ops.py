@@ -1,11 +1,12 @@
 """The one table of operators: each kind, its canonical slots, its spellings, its defaults.
 
-A row maps the ONNX spellings of an operator (every opset, the contrib domains) to one kind with one
-set of slot names. Where an opset moved something from an attribute to an input (`Squeeze.axes` at 13),
-the slot and the attribute share a name and `constants.attribute` reads either. A new operator is a new row.
+A row maps the ONNX spellings of an operator (every opset, the contrib domains) and its ATen spellings to one
+kind with one set of slot names. Where an opset moved something from an attribute to an input (`Squeeze.axes`
+at 13), the slot and the attribute share a name and `constants.attribute` reads either. A new operator is a
+new row.
 
-Defaults are the operator's own, in the precision ONNX stores them (float32).
-`tests/test_ops.py` holds every row against the schemas of the installed onnx package.
+Defaults are ONNX's own, in the precision it stores them (float32); an ATen op states every argument.
+`tests/test_ops.py` holds every row against the schemas of the installed onnx and torch packages.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 MICROSOFT = "com.microsoft"
+ATEN = "aten"
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,18 @@ class Spelling:
     """`op_type` in `domain`, from opset `since` on, until a later spelling of the same name.
 
     `slots` name the inputs in order; a last one ending in `*` repeats (`inputs.0`, `inputs.1`, …).
+
+    An ATen op has named arguments instead: `arguments` maps each to a slot or an attribute, "" where it changes
+    nothing; `required` are values without which the op is another one. In-place ops (`relu_`) have the
+    row of their namesake.
     """
 
     op_type: str
     slots: tuple[str, ...]
     domain: str = ""
     since: int = 1
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    required: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,13 @@ class OpRow:
 
 def _onnx(op_type: str, slots: str, *, since: int = 1, domain: str = "") -> Spelling:
     return Spelling(op_type, tuple(slots.split()), domain, since)
+
+
+def _aten(op_types: str, arguments: str, **required: Any) -> tuple[Spelling, ...]:
+    """Spellings with the same arguments: `"input:x weight eps:epsilon momentum:"`."""
+    pairs = (argument.partition(":") for argument in arguments.split())
+    names = {name: canonical if colon else name for name, colon, canonical in pairs}
+    return tuple(Spelling(op_type, (), ATEN, 1, names, required) for op_type in op_types.split())
 
 
 def _row(
@@ -58,34 +73,88 @@ _EPS12 = {"epsilon": f32(1e-12)}
 
 TABLE: tuple[OpRow, ...] = (
     # ---- linear operators that hold weights
-    _row("conv", _onnx("Conv", "x weight bias"), defaults={"group": 1, "auto_pad": "NOTSET"}),
+    _row(
+        "conv",
+        _onnx("Conv", "x weight bias"),
+        *_aten(
+            "conv1d conv2d conv3d",
+            "input:x weight bias stride:strides padding:pads dilation:dilations groups:group",
+        ),
+        *_aten(
+            "convolution",
+            "input:x weight bias stride:strides padding:pads dilation:dilations output_padding: groups:group",
+            transposed=False,
+        ),
+        defaults={"group": 1, "auto_pad": "NOTSET"},
+    ),
     _row(
         "conv_transpose",
         _onnx("ConvTranspose", "x weight bias"),
+        *_aten(
+            "conv_transpose1d conv_transpose2d conv_transpose3d",
+            "input:x weight bias stride:strides padding:pads output_padding groups:group dilation:dilations",
+        ),
+        *_aten(
+            "convolution",
+            "input:x weight bias stride:strides padding:pads dilation:dilations output_padding groups:group",
+            transposed=True,
+        ),
         defaults={"group": 1, "auto_pad": "NOTSET"},
     ),
     _row(
         "linear",
         _onnx("Gemm", "a b c"),
+        *_aten("linear", "input:a weight:b bias:c"),
+        *_aten("addmm", "input:c mat1:a mat2:b beta alpha"),
         defaults={"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0},
     ),
-    _row("matmul", _onnx("MatMul", "a b")),
-    _row("embedding", _onnx("Gather", "table indices"), defaults={"axis": 0}),
+    _row(
+        "matmul",
+        _onnx("MatMul", "a b"),
+        *_aten("matmul", "input:a other:b"),
+        *_aten("mm bmm", "input:a mat2:b"),
+    ),
+    _row(
+        "embedding",
+        _onnx("Gather", "table indices"),
+        *_aten("embedding", "weight:table indices padding_idx: scale_grad_by_freq: sparse:"),
+        defaults={"axis": 0},
+    ),
     # ---- normalisation, with statistics or without
     _row(
         "batch_norm",
         _onnx("BatchNormalization", "x weight bias mean var"),
+        *_aten(
+            "batch_norm",
+            "input:x weight bias running_mean:mean running_var:var training:training_mode momentum eps:epsilon "
+            "cudnn_enabled:",
+        ),
+        *_aten(
+            "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional",
+            "input:x weight bias running_mean:mean running_var:var training:training_mode momentum eps:epsilon",
+        ),
+        *_aten(
+            "_native_batch_norm_legit_no_training",
+            "input:x weight bias running_mean:mean running_var:var momentum eps:epsilon",
+        ),
         outputs="y mean_out var_out saved_mean saved_var",
         defaults={**_EPS5, "training_mode": 0, "spatial": 1, "is_test": 0, "momentum": f32(0.9)},
     ),
     _row(
         "instance_norm",
         _onnx("InstanceNormalization", "x weight bias"),
+        *_aten(
+            "instance_norm",
+            "input:x weight bias running_mean:mean running_var:var use_input_stats momentum eps:epsilon "
+            "cudnn_enabled:",
+        ),
         defaults=_EPS5,
     ),
     _row(
         "layer_norm",
         _onnx("LayerNormalization", "x weight bias"),
+        *_aten("layer_norm", "input:x normalized_shape weight bias eps:epsilon cudnn_enable:"),
+        *_aten("native_layer_norm", "input:x normalized_shape weight bias eps:epsilon"),
         outputs="y mean inv_std_dev",
         defaults={**_EPS5, "axis": -1},
     ),
@@ -94,6 +163,7 @@ TABLE: tuple[OpRow, ...] = (
         _onnx("RMSNormalization", "x weight"),
         _onnx("SimplifiedLayerNormalization", "x weight"),
         _onnx("SimplifiedLayerNormalization", "x weight", domain=MICROSOFT),
+        *_aten("rms_norm _fused_rms_norm", "input:x normalized_shape weight eps:epsilon"),
         outputs="y inv_std_dev",
         defaults={**_EPS5, "axis": -1},
     ),
@@ -122,7 +192,13 @@ TABLE: tuple[OpRow, ...] = (
         outputs="y mask_index embedding_sum",
         defaults=_EPS12,
     ),
-    _row("group_norm", _onnx("GroupNormalization", "x weight bias", since=18), defaults=_EPS5),
+    _row(
+        "group_norm",
+        _onnx("GroupNormalization", "x weight bias", since=18),
+        *_aten("group_norm", "input:x num_groups weight bias eps:epsilon cudnn_enabled:"),
+        *_aten("native_group_norm", "input:x weight bias N: C: HxW: group:num_groups eps:epsilon"),
+        defaults=_EPS5,
+    ),
     _row(
         "contrib_group_norm",
         _onnx("GroupNorm", "x weight bias", domain=MICROSOFT),
@@ -146,45 +222,110 @@ TABLE: tuple[OpRow, ...] = (
         defaults={"alpha": f32(1e-4), "beta": 0.75, "bias": 1.0},
     ),
     # ---- elementwise
-    _row("add", _onnx("Add", "a b")),
-    _row("sub", _onnx("Sub", "a b")),
-    _row("mul", _onnx("Mul", "a b")),
-    _row("div", _onnx("Div", "a b")),
+    _row("add", _onnx("Add", "a b"), *_aten("add", "input:a other:b", alpha=1)),
+    _row(
+        "sub",
+        _onnx("Sub", "a b"),
+        *_aten("sub", "input:a other:b", alpha=1),
+        *_aten("rsub", "input:b other:a", alpha=1),
+    ),
+    _row("mul", _onnx("Mul", "a b"), *_aten("mul", "input:a other:b")),
+    _row("div", _onnx("Div", "a b"), *_aten("div", "input:a other:b")),
     _row("sum", _onnx("Sum", "inputs*")),
-    _row("neg", _onnx("Neg", "x")),
-    _row("sqrt", _onnx("Sqrt", "x")),
-    _row("reciprocal", _onnx("Reciprocal", "x")),
-    _row("pow", _onnx("Pow", "x exponent")),
-    _row("where", _onnx("Where", "condition a b")),
-    _row("relu", _onnx("Relu", "x")),
-    _row("leaky_relu", _onnx("LeakyRelu", "x"), defaults={"alpha": f32(0.01)}),
-    _row("prelu", _onnx("PRelu", "x slope")),
-    _row("clip", _onnx("Clip", "x"), _onnx("Clip", "x min max", since=11)),
-    _row("sigmoid", _onnx("Sigmoid", "x")),
-    _row("tanh", _onnx("Tanh", "x")),
-    _row("gelu", _onnx("Gelu", "x"), _onnx("Gelu", "x", domain=MICROSOFT)),
-    _row("hard_sigmoid", _onnx("HardSigmoid", "x")),
-    _row("hard_swish", _onnx("HardSwish", "x")),
-    _row("erf", _onnx("Erf", "x")),
-    _row("softmax", _onnx("Softmax", "x")),
+    _row("neg", _onnx("Neg", "x"), *_aten("neg", "input:x")),
+    _row("sqrt", _onnx("Sqrt", "x"), *_aten("sqrt", "input:x")),
+    _row("rsqrt", *_aten("rsqrt", "input:x")),
+    _row("reciprocal", _onnx("Reciprocal", "x"), *_aten("reciprocal", "input:x")),
+    _row("pow", _onnx("Pow", "x exponent"), *_aten("pow", "input:x exponent")),
+    _row("where", _onnx("Where", "condition a b"), *_aten("where", "condition input:a other:b")),
+    _row("relu", _onnx("Relu", "x"), *_aten("relu", "input:x")),
+    _row(
+        "leaky_relu",
+        _onnx("LeakyRelu", "x"),
+        *_aten("leaky_relu", "input:x negative_slope:alpha"),
+        defaults={"alpha": f32(0.01)},
+    ),
+    _row("prelu", _onnx("PRelu", "x slope"), *_aten("prelu", "input:x weight:slope")),
+    _row(
+        "clip",
+        _onnx("Clip", "x"),
+        _onnx("Clip", "x min max", since=11),
+        *_aten("clamp", "input:x min max"),
+        *_aten("hardtanh", "input:x min_val:min max_val:max"),
+        *_aten("relu6", "input:x"),
+    ),
+    _row("sigmoid", _onnx("Sigmoid", "x"), *_aten("sigmoid", "input:x")),
+    _row("tanh", _onnx("Tanh", "x"), *_aten("tanh", "input:x")),
+    _row(
+        "gelu",
+        _onnx("Gelu", "x"),
+        _onnx("Gelu", "x", domain=MICROSOFT),
+        *_aten("gelu", "input:x approximate"),
+    ),
+    _row("silu", _onnx("Swish", "x", since=24), *_aten("silu", "input:x")),
+    _row("mish", _onnx("Mish", "x", since=18), *_aten("mish", "input:x")),
+    _row("elu", _onnx("Elu", "x"), *_aten("elu", "input:x alpha scale input_scale")),
+    _row("softplus", _onnx("Softplus", "x"), *_aten("softplus", "input:x beta threshold")),
+    _row("hard_sigmoid", _onnx("HardSigmoid", "x"), *_aten("hardsigmoid", "input:x")),
+    _row("hard_swish", _onnx("HardSwish", "x"), *_aten("hardswish", "input:x")),
+    _row("erf", _onnx("Erf", "x"), *_aten("erf", "input:x")),
+    _row("softmax", _onnx("Softmax", "x"), *_aten("softmax", "input:x dim:axis dtype:")),
     # ---- carriers: the same numbers under another shape, dtype or name
-    _row("identity", _onnx("Identity", "x")),
+    _row(
+        "identity",
+        _onnx("Identity", "x"),
+        *_aten("alias detach lift_fresh_copy", "input:x"),
+        *_aten("contiguous clone", "input:x memory_format:"),
+    ),
     _row(
         "dropout",
         _onnx("Dropout", "x"),
         _onnx("Dropout", "x ratio training_mode", since=12),
+        *_aten("dropout feature_dropout alpha_dropout", "input:x p:ratio train:training_mode"),
         outputs="y mask",
     ),
-    _row("cast", _onnx("Cast", "x")),
+    _row(
+        "cast",
+        _onnx("Cast", "x"),
+        *_aten("to", "input:x dtype:to device: non_blocking: copy: memory_format:"),
+        *_aten("_to_copy", "input:x dtype:to layout: device: pin_memory: non_blocking: memory_format:"),
+    ),
     _row("cast_like", _onnx("CastLike", "x like")),
-    _row("transpose", _onnx("Transpose", "x")),
-    _row("reshape", _onnx("Reshape", "x shape"), defaults={"allowzero": 0}),
-    _row("flatten", _onnx("Flatten", "x"), defaults={"axis": 1}),
-    _row("squeeze", _onnx("Squeeze", "x"), _onnx("Squeeze", "x axes", since=13)),
-    _row("unsqueeze", _onnx("Unsqueeze", "x"), _onnx("Unsqueeze", "x axes", since=13)),
-    _row("expand", _onnx("Expand", "x shape")),
+    _row(
+        "transpose",
+        _onnx("Transpose", "x"),
+        *_aten("permute", "input:x dims:perm"),
+        *_aten("transpose", "input:x dim0 dim1"),
+        *_aten("t numpy_T", "input:x"),
+    ),
+    _row(
+        "reshape",
+        _onnx("Reshape", "x shape"),
+        *_aten("view _unsafe_view", "input:x size:shape"),
+        *_aten("reshape", "input:x shape"),
+        defaults={"allowzero": 0},
+    ),
+    _row(
+        "flatten",
+        _onnx("Flatten", "x"),
+        *_aten("flatten", "input:x start_dim end_dim"),
+        defaults={"axis": 1},
+    ),
+    _row(
+        "squeeze",
+        _onnx("Squeeze", "x"),
+        _onnx("Squeeze", "x axes", since=13),
+        *_aten("squeeze", "input:x dim:axes"),
+    ),
+    _row(
+        "unsqueeze",
+        _onnx("Unsqueeze", "x"),
+        _onnx("Unsqueeze", "x axes", since=13),
+        *_aten("unsqueeze", "input:x dim:axes"),
+    ),
+    _row("expand", _onnx("Expand", "x shape"), *_aten("expand", "input:x size:shape implicit:")),
     # ---- structure
-    _row("concat", _onnx("Concat", "inputs*")),
+    _row("concat", _onnx("Concat", "inputs*"), *_aten("cat concat", "tensors:inputs dim:axis")),
     _row("split", _onnx("Split", "x"), _onnx("Split", "x split", since=13), outputs="y*"),
     _row("slice", _onnx("Slice", "x"), _onnx("Slice", "x starts ends axes steps", since=10)),
     _row("pad", _onnx("Pad", "x"), _onnx("Pad", "x pads value axes", since=11)),
@@ -194,10 +335,36 @@ TABLE: tuple[OpRow, ...] = (
         _onnx("Resize", "x scales", since=10),
         _onnx("Resize", "x roi scales sizes", since=11),
     ),
-    _row("average_pool", _onnx("AveragePool", "x"), defaults={"count_include_pad": 0}),
+    _row(
+        "average_pool",
+        _onnx("AveragePool", "x"),
+        *_aten(
+            "avg_pool1d",
+            "input:x kernel_size:kernel_shape stride:strides padding:pads ceil_mode count_include_pad",
+        ),
+        *_aten(
+            "avg_pool2d avg_pool3d",
+            "input:x kernel_size:kernel_shape stride:strides padding:pads ceil_mode count_include_pad "
+            "divisor_override",
+        ),
+        defaults={"count_include_pad": 0},
+    ),
     _row("global_average_pool", _onnx("GlobalAveragePool", "x")),
-    _row("max_pool", _onnx("MaxPool", "x"), outputs="y indices"),
-    _row("reduce_mean", _onnx("ReduceMean", "x"), _onnx("ReduceMean", "x axes", since=18)),
+    _row(
+        "max_pool",
+        _onnx("MaxPool", "x"),
+        *_aten(
+            "max_pool1d max_pool2d max_pool3d",
+            "input:x kernel_size:kernel_shape stride:strides padding:pads dilation:dilations ceil_mode",
+        ),
+        outputs="y indices",
+    ),
+    _row(
+        "reduce_mean",
+        _onnx("ReduceMean", "x"),
+        _onnx("ReduceMean", "x axes", since=18),
+        *_aten("mean", "input:x dim:axes keepdim:keepdims dtype:"),
+    ),
     # ---- constants
     _row("constant", _onnx("Constant", "")),
     _row("constant_of_shape", _onnx("ConstantOfShape", "shape")),
@@ -253,6 +420,11 @@ def find_spelling(domain: str, op_type: str, version: int) -> tuple[Spelling, Op
         return None
     in_force = [entry for entry in candidates if entry[0].since <= version]
     return max(in_force or candidates[:1], key=lambda entry: entry[0].since)
+
+
+def aten_spellings(op_type: str) -> list[tuple[Spelling, OpRow]]:
+    """Every row that an ATen operator may be; its arguments decide (`convolution`, transposed or not)."""
+    return _SPELLINGS.get((ATEN, op_type), [])
 
 
 def slot_name(names: tuple[str, ...], position: int) -> str:

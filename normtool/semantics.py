@@ -176,10 +176,9 @@ def _matmul(attributes: Attributes, x: Array, operands: Operands, slot: str) -> 
 
 def _batch_norm(attributes: Attributes, x: Array, operands: Operands, slot: str) -> Array:
     """(x − μ)/√(σ² + ε) · γ + β, in the order of the definition and not as s·x + t."""
-    gamma, beta, mean, var = (
-        wide(operands[name]).reshape(-1, *[1] * (x.ndim - 2)) for name in ("weight", "bias", "mean", "var")
-    )
-    return np.asarray((x - mean) / np.sqrt(var + attributes["epsilon"]) * gamma + beta)
+    c = {name: wide(value).reshape(-1, *[1] * (x.ndim - 2)) for name, value in operands.items()}
+    normal = (x - c["mean"]) / np.sqrt(c["var"] + attributes["epsilon"])
+    return np.asarray(normal * c.get("weight", 1.0) + c.get("bias", 0.0))
 
 
 def _binary(function: Callable[[Array, Array], Array]) -> Callable[..., Array]:

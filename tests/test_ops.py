@@ -1,13 +1,14 @@
-"""Every row of the operator table against the schemas of onnx, and of ONNX Runtime for its own operators."""
+"""Every row of the operator table against the schemas of onnx, of ONNX Runtime for its own, and of torch."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import onnx
 import pytest
+import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
-from normtool.ops import MICROSOFT, ROWS, TABLE, OpRow, Spelling, find_spelling, slot_name
+from normtool.ops import ATEN, MICROSOFT, ROWS, TABLE, OpRow, Spelling, aten_spellings, find_spelling, slot_name
 from normtool.planner import OLDEST_OPSET
 
 #: Slots that only a later version of the operator has; they come last and stay empty before.
@@ -73,7 +74,7 @@ def schemas_of(domain: str, op_type: str) -> list[Any]:
 def cases() -> Iterator[Any]:
     """(row, spelling, schema) for each version of each operator that a model we fold may use."""
     for row in TABLE:
-        for op_type, domain in dict.fromkeys((s.op_type, s.domain) for s in row.spellings):
+        for op_type, domain in dict.fromkeys((s.op_type, s.domain) for s in onnx_spellings(row)):
             schemas = sorted(schemas_of(domain, op_type), key=lambda schema: schema.since_version)
             ends = [*(schema.since_version for schema in schemas[1:]), 10**6]
             for schema, end in zip(schemas, ends, strict=False):  # none at all, for some
@@ -84,6 +85,10 @@ def cases() -> Iterator[Any]:
                 assert found is row
                 name = f"{domain}::{op_type}" if domain else op_type
                 yield pytest.param(row, spelling, schema, id=f"{name}-{schema.since_version}")
+
+
+def onnx_spellings(row: OpRow) -> list[Spelling]:
+    return [spelling for spelling in row.spellings if spelling.domain != ATEN]
 
 
 def found_in(domain: str, op_type: str, version: int) -> tuple[Spelling, OpRow]:
@@ -146,9 +151,92 @@ def default_of(attribute: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
+# ---- ATen ---------------------------------------------------------------------------------------
+
+aten_rows = [(row, spelling) for row in TABLE for spelling in row.spellings if spelling.domain == ATEN]
+every_aten_row = pytest.mark.parametrize(
+    ("row", "spelling"), aten_rows, ids=[f"{row.kind}-{spelling.op_type}" for row, spelling in aten_rows]
+)
+
+
+def aten_schemas(op_type: str) -> list[Any]:
+    """Every overload but the `out=` ones, which have arguments that nobody exports."""
+    packet = getattr(torch.ops.aten, op_type)
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    return [s for s in schemas if not any(a.is_out for a in s.arguments)]
+
+
+def normalised(argument: str) -> str:
+    """fx's normalized_arguments calls `self` `input`."""
+    return "input" if argument == "self" else argument
+
+
+@every_aten_row
+def test_aten_arguments_exist(row, spelling):
+    """Each argument of the row is one of the operator, and so is each value it insists on."""
+    known = {normalised(a.name) for schema in aten_schemas(spelling.op_type) for a in schema.arguments}
+    assert known
+    assert set(spelling.arguments) | set(spelling.required) <= known
+    assert not set(spelling.arguments) & set(spelling.required)
+
+
+@every_aten_row
+def test_aten_row_covers_an_overload(row, spelling):
+    """What no row says makes the op unknown, unless it is None; one overload needs no more."""
+    said = set(spelling.arguments) | set(spelling.required)
+    left = [
+        {
+            normalised(a.name)
+            for a in schema.arguments
+            if not a.has_default_value() or a.default_value is not None
+        }
+        - said
+        for schema in aten_schemas(spelling.op_type)
+    ]
+    assert set() in left
+
+
+@every_aten_row
+def test_aten_arguments_go_to_known_slots(row, spelling):
+    """No two arguments to one slot, and every tensor to a slot that ONNX's spellings have too."""
+    canonical = [name for name in spelling.arguments.values() if name]
+    assert len(set(canonical)) == len(canonical)
+    slots = {slot.removesuffix("*") for s in onnx_spellings(row) for slot in s.slots}
+    tensors = {
+        spelling.arguments.get(normalised(a.name), "")
+        for schema in aten_schemas(spelling.op_type)
+        for a in schema.arguments
+        if str(a.type) in ("Tensor", "Optional[Tensor]", "List[Tensor]")
+    } - {""}
+    assert not onnx_spellings(row) or tensors <= slots | STATISTICS.get(row.kind, set())
+
+
+#: Tensors that only ATen's operator reads.
+STATISTICS = {"instance_norm": {"mean", "var"}}
+
+
+@every_aten_row
+def test_aten_in_place_namesake_takes_the_same_arguments(row, spelling):
+    """`relu_` has the row of `relu`."""
+    if not hasattr(torch.ops.aten, f"{spelling.op_type}_"):
+        return
+    packet = getattr(torch.ops.aten, f"{spelling.op_type}_")
+    written = [getattr(packet, overload)._schema.arguments for overload in packet.overloads()]
+    plain = {normalised(a.name) for schema in aten_schemas(spelling.op_type) for a in schema.arguments}
+    assert all({normalised(a.name) for a in arguments} <= plain for arguments in written)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "kinds"),
+    [("convolution", ["conv", "conv_transpose"]), ("relu", ["relu"]), ("nothing", [])],
+)
+def test_aten_spellings(op_type, kinds):
+    assert sorted(row.kind for _, row in aten_spellings(op_type)) == kinds
+
+
 class TestTable:
     def test_every_default_is_one_of_some_schema(self):
-        for row in TABLE:
+        for row in filter(onnx_spellings, TABLE):
             known = {
                 name
                 for spelling in row.spellings
@@ -160,7 +248,7 @@ class TestTable:
 
     @pytest.mark.skipif(not runtime_schemas, reason="this ONNX Runtime shows no schemas of its own")
     def test_spellings_without_schema(self):
-        spellings = {(s.domain, s.op_type) for row in TABLE for s in row.spellings}
+        spellings = {(s.domain, s.op_type) for row in TABLE for s in onnx_spellings(row)}
         assert {key for key in spellings if not schemas_of(*key)} == WITHOUT_SCHEMA
 
     def test_a_spelling_begins_with_a_version(self):
@@ -171,7 +259,7 @@ class TestTable:
 
     def test_kinds_and_spellings_are_unique(self):
         assert len(ROWS) == len(TABLE)
-        keys = [(s.domain, s.op_type, s.since) for row in TABLE for s in row.spellings]
+        keys = [(s.domain, s.op_type, s.since, *s.required.items()) for row in TABLE for s in row.spellings]
         assert len(set(keys)) == len(keys)
 
     @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.kind)

@@ -30,9 +30,12 @@ def inference_affine(constants: Constants, op: Op) -> Affine | Stop:
     """The map a BatchNorm computes with its stored statistics, or every reason why it has none."""
     reasons = _mode_reasons(constants, op)
     operands = Operands(constants, op)
-    gamma, beta, mean, var = (operands.wide(slot) for slot in ("weight", "bias", "mean", "var"))
+    gamma, beta = operands.wide("weight"), operands.wide("bias")
+    # in training it updates its own statistics: that they are no constants is the same reason again
+    mean, var = (None if reasons else operands.wide(slot) for slot in ("mean", "var"))
     reasons += operands.reasons
-    if not reasons and (mean is None or var is None):
+    absent = [slot for slot in ("mean", "var") if constants.graph.input(op, slot) is None]
+    if absent or (not reasons and (mean is None or var is None)):
         reasons.append(Reason("no_running_stats", "it stores no mean and variance", op.name))
     if reasons or mean is None or var is None:
         return Stop(tuple(reasons))
@@ -60,6 +63,9 @@ def _mode_reasons(constants: Constants, op: Op) -> list[Reason]:
     if constants.attribute(op, "training_mode") or (extra and op.version < 14) or old_training:
         message = "it normalises with the statistics of the batch"
         reasons.append(Reason("training_mode", message, op.name))
+    elif any(constants.graph.readers(constants.graph.output(op, slot)) for slot in extra):
+        message = "its statistics are read besides its output"
+        reasons.append(Reason("multiple_readers", message, op.name))
     if op.version < 9 and not constants.attribute(op, "spatial"):
         message = "spatial=0 keeps statistics per element, not per channel"
         reasons.append(Reason("axis_mismatch", message, op.name))

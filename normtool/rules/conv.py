@@ -27,6 +27,8 @@ class Conv(BackwardRule):
         if weight is None or operands.reasons:
             return operands.stop()
         channels = weight.shape[0]
+        if constants.graph.rank(constants.graph.output(op)) not in (None, len(weight.shape)):
+            return mismatch(op, f"{op.name!r} runs without a batch axis: its channels are on axis 0")
         if affine.axis != 1 or affine.s.size not in (1, channels):
             return mismatch(op, f"{op.name!r} writes {channels} channels on axis 1")
         map_ = affine.spread(channels)

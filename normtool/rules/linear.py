@@ -1,4 +1,4 @@
-"""Gemm.
+"""Gemm, and PyTorch's Linear on any number of leading axes.
 
 y = α·A'·B' + β·C, where the channel axis is the N axis of B':
 
@@ -31,8 +31,9 @@ class Linear(BackwardRule):
             return operands.stop()
         n_axis = 0 if constants.attribute(op, "transB") else 1
         channels = weight.shape[n_axis]
-        if affine.axis != 1 or affine.s.size not in (1, channels):
-            return mismatch(op, f"{op.name!r} writes {channels} channels on axis 1")
+        last = (constants.graph.rank(constants.graph.output(op)) or 2) - 1
+        if affine.axis != last or affine.s.size not in (1, channels):
+            return mismatch(op, f"{op.name!r} writes {channels} channels on axis {last}")
         map_ = affine.spread(channels)
         factor = np.expand_dims(map_.s, 1 - n_axis)
         beta = float(constants.attribute(op, "beta"))

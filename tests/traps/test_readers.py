@@ -137,7 +137,7 @@ def test_trap_07_statistics_stay_while_a_kept_norm_reads_them():
     ("op_type", "code"),
     [
         *((op_type, "nonlinear") for op_type in ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "HardSwish", "Erf")),
-        ("Softplus", "unsupported_op"),
+        ("Softplus", "nonlinear"),
         ("Dropout", "unsupported_op"),
         ("Identity", "unsupported_op"),
         ("GlobalAveragePool", "unsupported_op"),
