@@ -16,17 +16,27 @@ ROOT = Path(__file__).parent.parent
 CORPUS = Path(os.environ.get("NORMTOOL_CORPUS", ROOT.parent / "shared" / "models"))
 
 
+def _manifest() -> list[dict[str, Any]]:
+    path = CORPUS / "manifest.json"
+    return list(json.loads(path.read_text())) if path.exists() else []
+
+
 def manifest() -> list[dict[str, Any]]:
     """The corpus entries that are ONNX files; empty where the corpus is absent."""
-    path = CORPUS / "manifest.json"
-    if not path.exists():
-        return []
-    return [entry for entry in json.loads(path.read_text()) if entry["format"] == "onnx"]
+    return [entry for entry in _manifest() if entry["format"] == "onnx"]
 
 
-def corpus_cases(wanted: Callable[[dict[str, Any]], bool] = lambda entry: True) -> list[Any]:
+def torch_manifest() -> list[dict[str, Any]]:
+    """The PyTorch checkpoints and TorchScript archives of the corpus."""
+    return [entry for entry in _manifest() if entry["format"] != "onnx"]
+
+
+def corpus_cases(
+    wanted: Callable[[dict[str, Any]], bool] = lambda entry: True,
+    listed: Callable[[], list[dict[str, Any]]] = manifest,
+) -> list[Any]:
     """pytest parameters, one per corpus file; a single visible skip where the corpus is absent."""
-    entries = [entry for entry in manifest() if wanted(entry)]
+    entries = [entry for entry in listed() if wanted(entry)]
     if not entries:
         reason = f"no model corpus at {CORPUS}; set NORMTOOL_CORPUS"
         return [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="no-corpus")]
