@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from normtool.destination import as_output_error, check_destination, sync_folder
 from normtool.errors import OutputError, UnreadableModel
 from normtool.formats.onnx import wire
 from normtool.formats.onnx.model import OnnxModel
@@ -52,7 +53,7 @@ class Staged:
         """Rename into place; the paths and hashes of what was written."""
         with as_output_error(self.destination):
             self.model_path.replace(self.destination)
-            _sync_folder(self.destination.parent)
+            sync_folder(self.destination.parent)
         outputs = [{"path": str(self.destination), "sha256": self.sha256()}]
         if self.data_path is not None:
             outputs.append({"path": str(self.data_path), "sha256": self.data_sha256()})
@@ -84,19 +85,6 @@ def staged(
     finally:
         if stage.model_path.exists():
             stage.discard()
-
-
-def check_destination(destination: Path, force: bool) -> None:
-    """Refuse early what would be refused after all the work."""
-    with as_output_error(destination):
-        if destination.is_dir():
-            raise OutputError(f"{destination}: is a folder; give a file name")
-        if not destination.parent.is_dir():
-            raise OutputError(f"{destination}: the folder {destination.parent} does not exist")
-        if destination.exists() and not destination.is_file():
-            raise OutputError(f"{destination}: is no regular file; give the name of a new one")
-        if destination.exists() and not force:
-            raise OutputError(f"{destination}: exists; --force replaces it")
 
 
 def to_proto(model: OnnxModel) -> onnx.ModelProto:
@@ -313,21 +301,3 @@ def _copy_some(value: FileValue, descriptor: int, offset: int, length: int) -> i
     part = value.file.read(offset, min(_CHUNK, length))
     _write_all(descriptor, part)
     return len(part)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def as_output_error(path: Path) -> Iterator[None]:
-    """What the system says of a path, as an OutputError."""
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OutputError(f"{path}: {reason}; nothing there was changed") from None
