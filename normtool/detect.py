@@ -5,7 +5,7 @@ in primitive ops get their own finder here (`evidence: pattern`); the report alr
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +18,22 @@ def find_norms(graph: ModelGraph, constants: Constants | None = None) -> list[No
     """Every norm: those that are ops in the order the model lists them, then modules that are none."""
     constants = constants or Constants(graph)
     modules = {module.path: module for module in graph.norm_modules}
-    ops = [op for op in graph.ops if op.kind in NORMS]
-    found = [_of_op(constants, op, modules.get(op.owner)) for op in ops]
-    covered = {op.owner for op in ops}
+    holders = {t: module for module in graph.norm_modules for t in (*module.learnable, *module.buffers)}
+    found, covered = [], set()
+    for op in graph.ops:
+        if op.kind in NORMS:
+            module = modules.get(op.owner) or _holder(graph, op, holders)
+            found.append(_of_op(constants, op, module))
+            covered.add(module)
     for module in graph.norm_modules:
-        if module.path not in covered:
+        if module not in covered:
             found += _of_module(graph, module)
     return found
+
+
+def _holder(graph: ModelGraph, op: Op, holders: Mapping[Tensor, NormModule]) -> NormModule | None:
+    """The module with whose tensors somebody else's code normalises: F.batch_norm(x, self.bn.running_mean)."""
+    return next((holders[tensor] for tensor in graph.inputs(op).values() if tensor in holders), None)
 
 
 def _of_op(constants: Constants, op: Op, module: NormModule | None) -> Norm:

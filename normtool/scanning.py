@@ -140,7 +140,9 @@ def _count_one(graph: ModelGraph, group: list[Norm], users: dict[Tensor, list[No
         buffers=sum(map(stored_elements, buffers)),
         computed=len(norm.learnable) + len(norm.buffers) - len(learnable) - len(buffers),
         uninitialised=norm.module.unknown if norm.module is not None else 0,
-        shared_with=tuple(other.module.name if other.module else other.name for other in shared if other is not norm),
+        shared_with=tuple(
+            other.module.name if other.module else other.name for other in shared if other is not norm
+        ),
     )
 
 
