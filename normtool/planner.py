@@ -5,7 +5,7 @@ composed map walks toward its producer; every tensor on the way must have this o
 pass or absorb the map. A fold is committed only when the walk ends in an absorber *and* its proof holds.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,9 @@ from normtool.values import EXTENDED, Array, Rounded
 #: Below this the operators themselves meant something else (broadcast attributes, training by default).
 OLDEST_OPSET = 7
 
+#: Ops that are affine maps themselves when one operand is constant.
+ELEMENTWISE = frozenset(["add", "sub", "mul", "div"])
+
 #: Ops an affine map cannot pass backward, told apart from ops that merely lack a rule.
 NONLINEAR = frozenset(
     [
@@ -40,6 +43,10 @@ NONLINEAR = frozenset(
         "gelu",
         "hard_sigmoid",
         "hard_swish",
+        "silu",
+        "mish",
+        "elu",
+        "softplus",
         "erf",
         "softmax",
         "max_pool",
@@ -119,15 +126,33 @@ class Plan:
 #: Called with (chains done, chains in all) while planning goes on.
 Progress = Callable[[int, int], None]
 
+#: The ops of a fold, absorber first.
+Path = tuple[Op, ...]
+
+#: Looks at all folds together and objects to those that a format cannot carry out: path → reasons.
+Review = Callable[[Sequence[Fold]], Mapping[Path, tuple[Reason, ...]]]
+
 
 def plan_fold(
     graph: ModelGraph,
     fingerprint: str = "",
     freeze: bool = False,
     progress: Progress = lambda done, total: None,
+    review: Review = lambda folds: {},
 ) -> Plan:
-    """Decide for every norm of `graph` whether it is folded, and prove each fold."""
-    return _Planner(Constants(graph, freeze)).plan(fingerprint, freeze, progress)
+    """Decide for every norm of `graph` whether it is folded, and prove each fold.
+
+    A model file takes any edit. A PyTorch module does not: its code calls what it calls. `review` says which
+    folds cannot be carried out there; they are taken back, which may cost others their reason to be, so
+    it is asked again until it has nothing against the plan.
+    """
+    planner = _Planner(Constants(graph, freeze))
+    while True:
+        made = planner.plan(fingerprint, freeze, progress)
+        objections = {path: why for path, why in review(made.folds).items() if path not in planner.forbidden}
+        if not objections:
+            return made
+        planner.forbidden.update(objections)
 
 
 #: The map that changes nothing.
@@ -150,23 +175,26 @@ class _Planner:
         self.rules = backward_rules()
         self.folds: list[Fold] = []
         self.folded: dict[Op, Fold] = {}
+        self.forbidden: dict[Path, tuple[Reason, ...]] = {}
+        #: folds proved so far, and those that failed; planning again proves nothing twice
+        self.proved: dict[Path, Fold | tuple[Reason, ...]] = {}
 
     def plan(self, fingerprint: str, freeze: bool, progress: Progress) -> Plan:
+        self.folds, self.folded = [], {}
         norms = find_norms(self.graph, self.constants)
         order = {op: i for i, op in enumerate(self.graph.sorted_ops())}
-        sites: dict[Op, Site] = {}
+        sites: dict[Norm, Site] = {}
         # last first: of BatchNorm → BatchNorm the second takes the first along
-        for done, norm in enumerate(sorted(norms, key=lambda n: -order[n.op])):
-            sites[norm.op] = self._site(norm)
+        for done, norm in enumerate(sorted(norms, key=lambda n: -order[n.op] if n.op else 0)):
+            sites[norm] = self._site(norm)
             progress(done + 1, len(norms))
-        return Plan(tuple(sites[norm.op] for norm in norms), tuple(self.folds), fingerprint, freeze)
+        return Plan(tuple(sites[norm] for norm in norms), tuple(self.folds), fingerprint, freeze)
 
     def _site(self, norm: Norm) -> Site:
         if norm.op in self.folded:
             return Site(norm, FOLDED, fold=self.folded[norm.op])
-        if norm.kind != "batch_norm":
-            message = "its statistics are computed from the input at run time"
-            return Site(norm, KEPT, (Reason("data_dependent", message, norm.name),))
+        if norm.op is None or norm.kind != "batch_norm":
+            return Site(norm, KEPT, (self._unfoldable(norm),))
         if "y" not in self.graph.outputs(norm.op):
             return Site(norm, KEPT, (Reason("malformed", "it has no output", norm.name),))
         reasons: tuple[Reason, ...] = ()
@@ -178,6 +206,17 @@ class _Planner:
                 return Site(norm, FOLDED, fold=outcome)
             reasons = outcome
         return Site(norm, KEPT, reasons)
+
+    def _unfoldable(self, norm: Norm) -> Reason:
+        """Why a norm that is no BatchNorm op cannot even be looked at."""
+        if norm.kind != "batch_norm":
+            message = "its statistics are computed from the input at run time"
+            return Reason("data_dependent", message, norm.name)
+        if self.graph.no_dataflow:
+            return Reason("no_dataflow", self.graph.no_dataflow, norm.name)
+        if norm.calls == 0:
+            return Reason("not_called", "the model never calls it", norm.name)
+        return Reason("unsupported_op", f"{norm.spelling} is spelled out in primitive ops", norm.name)
 
     def _chain_ends(self, op: Op) -> Iterator[Op]:
         """The last of the constant Mul/Add ops that follow, then the norm itself."""
@@ -194,7 +233,7 @@ class _Planner:
         if len(readers) != 1:
             return None
         follower = readers[0].op
-        if follower.kind not in ("add", "sub", "mul", "div") or follower.scope != op.scope:
+        if follower.kind not in ELEMENTWISE or follower.scope != op.scope:
             return None
         answer = constant_map(self.constants, follower, axis=1)
         return follower if isinstance(answer, Pass) and answer.slot == readers[0].slot else None
@@ -235,11 +274,14 @@ class _Planner:
         if unknown:
             message = f"attribute {unknown[0]!r} is set by the caller of its function"
             return Stop((Reason("dynamic_weight", message, op.name),))
-        if affine is None:
-            if op.kind != "batch_norm":
-                return constant_map(self.constants, op, axis=1)
+        if affine is None and op.kind == "batch_norm":
             first = inference_affine(self.constants, op)
             return first if isinstance(first, Stop) else Pass(first, "x")
+        if affine is None and op.kind in ELEMENTWISE:
+            return constant_map(self.constants, op, axis=1)
+        if affine is None:
+            message = f"{op.spelling} is no affine map that is known here"
+            return Stop((Reason("unsupported_op", message, op.name),))
         rule = self.rules.get(op.kind)
         if rule is None:
             code = "nonlinear" if op.kind in NONLINEAR else "unsupported_op"
@@ -274,8 +316,12 @@ class _Planner:
         if answer.leftover is not None:
             edits = _place_shift(self.constants, walk, edits, answer.leftover)
         path = tuple(reversed(walk.path))
-        proof = prove(self.constants, path, tuple(edits))
-        return proof.failures or Fold(path, tuple(edits), proof)
+        if path in self.forbidden:
+            return self.forbidden[path]
+        if path not in self.proved:
+            proof = prove(self.constants, path, tuple(edits))
+            self.proved[path] = proof.failures or Fold(path, tuple(edits), proof)
+        return self.proved[path]
 
 
 def _observers(graph: ModelGraph, tensor: Tensor, op: Op, slot: str) -> list[Reason]:

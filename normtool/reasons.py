@@ -111,6 +111,19 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "The axis the norm scales is not an axis of the weights in front of it.",
         "Nothing: equal sizes do not make equal axes.",
     ),
+    "not_called": (
+        "The model holds this norm as a module, and its forward never calls it (on the example inputs).",
+        "Nothing to fold; an unused module can be deleted.",
+    ),
+    "no_module": (
+        "The fold is exact, but the user's module has no place for it: its own code makes the call, or holds "
+        "the weight in a form that cannot be set.",
+        "Fold the exported program (.pt2) instead: there every op can be changed.",
+    ),
+    "hook": (
+        "A hook on a module sees the tensor between the norm and what would absorb it.",
+        "Remove the hook first, or fold the exported program (.pt2).",
+    ),
     # ---- what the reader notices (diagnostics)
     "checker": (
         "The ONNX checker rejects the model as it was read. ONNX Runtime may still accept it.",
@@ -139,6 +152,54 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
     "newer_opset": (
         "The model uses an opset that is newer than the installed onnx package.",
         "Upgrade onnx; operators may have changed their meaning.",
+    ),
+    # ---- what the reader of a checkpoint notices
+    "roles_by_name": (
+        "A state dict does not say which tensors are learnable. Running statistics and integers are counted as "
+        "buffers, every other tensor as learnable, frozen ones and float buffers among them.",
+        "Give the model itself if it matters: a .pt2, or a Python factory with --weights.",
+    ),
+    "norms_by_name": (
+        "Norms without running statistics leave no trace in a checkpoint but names and shapes. These are "
+        "guesses, marked with `evidence: name`; BatchNorms are certain (`evidence: statistics`).",
+        "Give the model itself to be sure; `normtool scan -v` lists which ones were guessed.",
+    ),
+    "not_counted": (
+        "The checkpoint holds other tensors beside the model's: an optimizer's state, averaged weights, a "
+        "second model. The largest state dict is counted, averages only if there is nothing else.",
+        "Save the state dict that you mean in a file of its own if another one was meant.",
+    ),
+    "expanded_view": (
+        "A tensor is an expanded or overlapping view: its shape claims more elements than its storage holds. "
+        "What is stored is counted.",
+        "Nothing. Save the tensor after `.clone()` if it is meant to be stored whole.",
+    ),
+    "no_data": (
+        "A tensor was saved from the meta device: the file gives its shape and none of its numbers.",
+        "Load the weights before saving.",
+    ),
+    "compressed_records": (
+        "The archive was compressed after PyTorch wrote it. The sizes counted are those it says to unpack to.",
+        "Nothing; PyTorch can read it too, but not memory-map it.",
+    ),
+    "not_in_index": (
+        "A shard holds tensors that the index of the shards does not list. They are counted, "
+        "as a loader of the shards would load them.",
+        "Nothing, or write the index again.",
+    ),
+    "uninitialised": (
+        "A lazy module's parameters exist and have no size before its first forward. They are in no count.",
+        "Run the module once on real input, then scan it.",
+    ),
+    # ---- conversion
+    "folded_by_exporter": (
+        "torch.onnx.export folded this BatchNorm itself, at its default. normtool has no proof of it; the "
+        "validation of the whole model covers it.",
+        "Nothing, if the validation is `equal`; `convert --fold` folds it with a proof before the export.",
+    ),
+    "not_asked": (
+        "The model was converted as it is.",
+        "`convert --fold` folds what can be folded exactly.",
     ),
     # ---- whole-model reasons
     "no_dataflow": (

@@ -1,0 +1,73 @@
+"""What the library does with an opened PyTorch model; `formats/onnx/verbs.py` has the same functions."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from normtool.destination import StagedFile, staged_file
+from normtool.errors import UsageError
+from normtool.formats.torch import module_apply, program_apply
+from normtool.formats.torch.export import export, undisturbed
+from normtool.formats.torch.model import TorchModel
+from normtool.formats.torch.sources import hash_file, need_example
+from normtool.parameters import Census
+from normtool.planner import Plan, Progress, plan_fold
+
+__all__ = ["apply", "census_of", "make_plan", "stage", "to_object", "to_program"]
+
+
+def census_of(opened: TorchModel) -> Census:
+    return opened.census
+
+
+def make_plan(opened: TorchModel, freeze: bool, progress: Progress) -> Plan:
+    """`freeze` is for ONNX's overridable initializers; PyTorch has none."""
+    if opened.module is None:
+        return plan_fold(opened.graph, opened.fingerprint, freeze, progress)
+    return plan_fold(
+        opened.graph,
+        opened.fingerprint,
+        freeze,
+        progress,
+        review=lambda folds: module_apply.review(opened, folds),
+    )
+
+
+def apply(opened: TorchModel, plan: Plan, inplace: bool = False) -> TorchModel:
+    if opened.module is not None:
+        return module_apply.fold_module(opened, plan, inplace)
+    if inplace:
+        raise UsageError("an ExportedProgram cannot be changed in place; take the result's .model")
+    return program_apply.fold_program(opened, plan)
+
+
+def to_object(opened: TorchModel) -> nn.Module | ExportedProgram:
+    made = opened.module if opened.module is not None else opened.program
+    assert made is not None
+    return made
+
+
+def to_program(opened: TorchModel) -> ExportedProgram:
+    """The model as one that can be saved. Raises UsageError where nothing says what to call it with."""
+    if opened.program is not None:
+        return opened.program
+    need_example(opened)
+    assert opened.module is not None
+    assert opened.example is not None
+    return export(opened.module, opened.example, dynamic_batch=True)
+
+
+def stage(opened: TorchModel, destination: Path, force: bool) -> AbstractContextManager[StagedFile]:
+    """Write a .pt2 file, which torch.export.load opens again without normtool."""
+    if destination.suffix != ".pt2":
+        raise UsageError(f"{destination}: a PyTorch model is saved as .pt2; `normtool convert` makes ONNX")
+    program = to_program(opened)
+
+    def write(path: Path) -> None:
+        with undisturbed():
+            torch.export.save(program, path)
+
+    return staged_file(destination, force, write, hash_file)
