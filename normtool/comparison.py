@@ -3,8 +3,9 @@
 A fixed tolerance proves nothing: 1e-5 is everything to a model whose output varies by 1e-6, and nothing to
 one that a rounding moves by a tenth. So the yardstick is measured. The *noise floor* is how far the reference
 itself moves when every float input and weight moves to a neighbouring number; a candidate within `LIMIT`
-floors is `equal`. And the yardstick is tried: a copy of the candidate that is wrong by 1 % at one site must
-come out `different`, else the verdict is `inconclusive`.
+floors is `equal`. Where the reference can be run in float64, everything is compared with that run, and its own
+error counts as a movement. And the yardstick is tried: a copy of the candidate that is wrong by 1 % at one
+site must come out `different`, else the verdict is `inconclusive`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from normtool.values import Array
+from normtool.values import Array, is_float
 
 SCHEMA = "normtool.validation/1"
 
@@ -110,12 +111,20 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class OutputRuns:
-    """One output on one input set: the reference, the reference nudged, the candidate."""
+    """One output on one input set: the reference, what a rounding makes of it, the candidate.
+
+    `own` is the dtype that the model computes in, where `reference` is wider; the candidate has to have it.
+    """
 
     name: str
     reference: Array
     nudged: Sequence[Array]
     candidate: Array
+    own: np.dtype[Any] | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.reference.dtype if self.own is None else self.own
 
 
 def compare(runs: Sequence[OutputRuns]) -> tuple[list[Difference], list[str]]:
@@ -146,7 +155,7 @@ def _useless(run: OutputRuns) -> str:
 
 
 def _difference(run: OutputRuns) -> Difference:
-    if run.candidate.shape != run.reference.shape or run.candidate.dtype != run.reference.dtype:
+    if run.candidate.shape != run.reference.shape or run.candidate.dtype != run.dtype:
         return Difference(run.name, np.inf, np.inf, 0.0, np.inf)
     reference, candidate = _wide(run.reference), _wide(run.candidate)
     infinite = np.isinf(reference)
@@ -154,7 +163,7 @@ def _difference(run: OutputRuns) -> Difference:
         return Difference(run.name, np.inf, np.inf, 0.0, np.inf)
     kept = reference[~infinite]
     largest = float(np.abs(kept).max(initial=0.0))
-    last_bit = _one_rounding(run.reference.dtype, largest)
+    last_bit = _one_rounding(run.dtype, largest)
     gap = _distances(kept, run.candidate, infinite)
     noise = [_distances(kept, nudged, infinite) for nudged in run.nudged]
     floor = tuple(max(last_bit, *measured) for measured in zip(*noise, strict=True))
@@ -179,7 +188,7 @@ def _in_floors(distance: float, floor: float) -> float:
 
 def _one_rounding(dtype: np.dtype[Any], largest: float) -> float:
     """The output's own last bit: no floor lies below it. Integers have none."""
-    if not np.issubdtype(dtype, np.floating):
+    if not is_float(dtype):
         return 0.0
     return float(np.spacing(dtype.type(largest)))
 

@@ -30,6 +30,10 @@ class OnnxModel:
     checker_message: str = ""
     versions: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def format(self) -> str:
+        return "onnx"
+
     @cached_property
     def fingerprint(self) -> str:
         """Changes when the graph changes or a weight does, as far as samples of it show; cheap at any size."""

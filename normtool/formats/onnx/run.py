@@ -1,7 +1,6 @@
 """Validation of ONNX models: prepares the variants, runs them in child processes, hands over the numbers."""
 
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +27,14 @@ from normtool.formats.onnx.variants import (
     differ_elsewhere,
     folded_sites,
     nudged,
-    spaced,
     suspects,
     wrong_by_one_percent,
 )
 from normtool.formats.onnx.write import staged
 from normtool.graph import ModelGraph, Tensor
-from normtool.inputs import Shapes, attempts, fits, is_dynamic, model_inputs
-from normtool.values import Array
+from normtool.inputs import Shapes, attempts, is_dynamic, model_inputs
+from normtool.inputs_file import check_given, read_inputs
+from normtool.suspects import spaced
 
 #: Seconds that one child process may take.
 TIME_LIMIT = 900.0
@@ -108,7 +107,7 @@ class _Validation:
         verdict, sensitivity = self._verdict(differences), None
         sites: list[Difference] = []
         if verdict == EQUAL:
-            sensitivity = self._sensitivity(spaced(suspects(self.reference, self.candidate), SITES_TRIED))
+            sensitivity = self._sensitivity(spaced(suspects(self.reference.graph, self.candidate), SITES_TRIED))
             if sensitivity is None or sensitivity.verdict != DIFFERENT:
                 verdict, sensitivity, sites = self._second_stage(sensitivity)
         return Comparison(
@@ -263,26 +262,7 @@ class _Validation:
 
 def _described_inputs(path: Path, graph: ModelGraph) -> list[dict[str, Any]]:
     """What a user's .npz holds, for the report. Raises UsageError where it does not fit the model."""
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise UsageError(
-                    f"{path}: holds one array without a name; save it with numpy.savez(path, NAME=…)"
-                )
-            arrays = {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        detail = (str(error).splitlines() or ["empty"])[0]
-        raise UsageError(f"{path}: is not a readable .npz file ({detail})") from None
+    arrays = read_inputs(path)
     for tensor in model_inputs(graph):
-        _check_given(path, tensor, arrays.get(tensor.name))
+        check_given(path, tensor, arrays.get(tensor.name))
     return [{"name": name, "shape": list(array.shape)} for name, array in arrays.items()]
-
-
-def _check_given(path: Path, tensor: Tensor, array: Array | None) -> None:
-    if array is None:
-        raise UsageError(f"{path}: lacks the model's input {tensor.name!r}")
-    if tensor.dtype is not None and array.dtype != tensor.dtype:
-        raise UsageError(f"{path}: {tensor.name!r} is {array.dtype}, the model wants {tensor.dtype}")
-    if not fits(array.shape, tensor.shape):
-        raise UsageError(f"{path}: {tensor.name!r} has shape {array.shape}, the model wants {tensor.shape}")

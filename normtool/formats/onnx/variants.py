@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +16,11 @@ from normtool.inputs import nudge
 from normtool.norms import NORMS
 from normtool.parameters import roles
 from normtool.reasons import Reason
-from normtool.values import Array, Scaled, Value, element_count, is_float, row_blocks, to_array
-
-_WEIGHT_SLOTS = {"conv": ("weight",), "conv_transpose": ("weight",), "linear": ("b",), "matmul": ("a", "b")}
+from normtool.suspects import WEIGHT_SLOTS, changed, linear_weights, one_percent_off, same_value, weights_of
+from normtool.values import Array, Scaled, Value, is_float, to_array
 
 #: What identifies an op in two models: its scope and the names it gives.
 Key = tuple[str, tuple[str, ...]]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,20 +57,16 @@ def nudged(model: OnnxModel, seed: int, outputs: Sequence[str]) -> OnnxModel:
 
 
 def wrong_by_one_percent(model: OnnxModel, weight: Tensor, outputs: Sequence[str]) -> OnnxModel:
-    """One weight wrong by ±1 %, row by row: a common factor would vanish behind the next normalisation."""
+    """One weight wrong by ±1 %, row by row."""
     assert weight.value is not None
-    shape = weight.value.shape
-    sign = np.where(np.random.default_rng(0).integers(0, 2, shape[:1]) == 1, 1.0, -1.0)
-    factor = np.reshape(1 + 0.01 * sign, (*shape[:1], *[1] * (len(shape) - 1)))
-    return variant(model, {weight: Scaled(weight.value, factor)}, outputs=outputs)
+    return variant(model, {weight: Scaled(weight.value, one_percent_off(weight.value.shape))}, outputs=outputs)
 
 
-def suspects(reference: OnnxModel, candidate: OnnxModel) -> list[Tensor]:
+def suspects(reference: ModelGraph, candidate: OnnxModel) -> list[Tensor]:
     """Weights of the candidate's linear ops; those that differ from the reference, if any do."""
-    weights = list(dict.fromkeys(w for op in candidate.graph.ops for w in _weights_of(candidate.graph, op)))
+    weights = linear_weights(candidate.graph)
     weights = weights or [t for t, role in _stored_roles(candidate).items() if role is Role.PARAMETER]
-    stored = _stored_values(reference.graph)
-    return [t for t in weights if not _same(t.value, stored.get((t.scope, t.name)))] or weights
+    return changed(weights, reference)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +82,7 @@ class FoldedSites:
 
     def weights(self, candidate: OnnxModel) -> list[Tensor]:
         """The stored weights of those ops."""
-        return list(dict.fromkeys(w for op in self.ops for w in _weights_of(candidate.graph, op)))
+        return list(dict.fromkeys(w for op in self.ops for w in weights_of(candidate.graph, op)))
 
 
 def folded_sites(reference: OnnxModel, candidate: OnnxModel) -> FoldedSites:
@@ -124,16 +117,11 @@ def differ_elsewhere(reference: OnnxModel, candidate: OnnxModel, sites: FoldedSi
         if op in changed or op.kind == "constant":
             continue
         own = [t for t in candidate.graph.inputs(op).values() if t.value is not None]
-        if ours[key] != theirs.get(key) or not all(_same(t.value, stored.get((t.scope, t.name))) for t in own):
+        if ours[key] != theirs.get(key):
+            return True
+        if not all(same_value(t.value, stored.get((t.scope, t.name))) for t in own):
             return True
     return False
-
-
-def spaced(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` items, evenly spread from first to last."""
-    last = len(items) - 1
-    positions = [round(i * last / max(1, count - 1)) for i in range(count)] if items else []
-    return [items[position] for position in dict.fromkeys(positions)]
 
 
 def _stored_roles(model: OnnxModel) -> dict[Tensor, Role]:
@@ -146,18 +134,12 @@ def _computed_weights(model: OnnxModel) -> Iterator[tuple[Op, str, Value]]:
     """Float weights that the model computes from constants, where they are read."""
     constants = Constants(model.graph)
     for op in model.graph.ops:
-        slots = (*_WEIGHT_SLOTS.get(op.kind, ()), *(NORMS[op.kind].learnable if op.kind in NORMS else ()))
+        slots = (*WEIGHT_SLOTS.get(op.kind, ()), *(NORMS[op.kind].learnable if op.kind in NORMS else ()))
         for slot in slots:
             tensor = model.graph.input(op, slot)
             value = constants.value(tensor) if tensor is not None and tensor.value is None else None
             if value is not None and not isinstance(value, Reason) and is_float(value.dtype):
                 yield op, slot, value
-
-
-def _weights_of(graph: ModelGraph, op: Op) -> list[Tensor]:
-    """The stored float weights of a linear op."""
-    found = [graph.input(op, slot) for slot in _WEIGHT_SLOTS.get(op.kind, ())]
-    return [tensor for tensor in found if tensor is not None and _is_weight(tensor)]
 
 
 def _producers(graph: ModelGraph) -> dict[str, Op]:
@@ -194,14 +176,3 @@ def _plain(attribute: Any) -> Any:
 def _is_typed(graph: ModelGraph, op: Op) -> bool:
     tensor = graph.output(op)
     return tensor.dtype is not None and graph.rank(tensor) is not None
-
-
-def _is_weight(tensor: Tensor) -> bool:
-    value = tensor.value
-    return value is not None and is_float(value.dtype) and element_count(value.shape) > 0
-
-
-def _same(value: Value | None, other: Value | None) -> bool:
-    if value is None or other is None or value.shape != other.shape or value.dtype != other.dtype:
-        return False
-    return all(value.rows(a, b).tobytes() == other.rows(a, b).tobytes() for a, b in row_blocks(value))

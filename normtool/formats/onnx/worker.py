@@ -101,8 +101,9 @@ def _run(job: dict[str, Any], run: dict[str, Any], sets: list[Any], report: Repo
 
 
 def _feeds(job: dict[str, Any], specs: list[Any], run: dict[str, Any], number: int) -> dict[str, Array]:
-    if job["inputs_file"]:
-        with np.load(job["inputs_file"], allow_pickle=False) as arrays:
+    given = job["set_files"][number] if job.get("set_files") else job["inputs_file"]
+    if given:
+        with np.load(given, allow_pickle=False) as arrays:
             feeds = {name: arrays[name] for name in arrays.files}
     else:
         feeds = {spec.name: generate(spec) for spec in map(InputSpec.from_dict, specs)}
