@@ -1,0 +1,148 @@
+"""`convert`: a PyTorch model as ONNX, or as a saved program, with every difference in the counts explained."""
+
+import shutil
+import tempfile
+import weakref
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from normtool.comparison import Comparison
+from normtool.errors import UsageError
+from normtool.formats.onnx import verbs as onnx_verbs
+from normtool.formats.onnx.model import OnnxModel
+from normtool.formats.torch import verbs as torch_verbs
+from normtool.formats.torch.convert import in_inference_mode, program_of, to_onnx
+from normtool.formats.torch.model import TorchModel, read_exported
+from normtool.formats.torch.program_apply import fold_program
+from normtool.formats.torch.reconcile import Reconciliation, folded_by_exporter, reconcile
+from normtool.parameters import Census
+from normtool.planner import Plan, Progress, Site, plan_fold
+from normtool.reasons import FOLDED, KEPT, Reason
+
+SCHEMA = "normtool.rewrite/1"
+
+TARGETS = ("onnx", "pt2")
+
+
+class Folder:
+    """A temporary folder that is removed with the last reference to this object."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="normtool-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """What `convert` made. `.model` is a ModelProto or an ExportedProgram, `.sites` what became of each norm.
+
+    `source` is the model that was converted: the user's own, or a copy of it in inference mode.
+    """
+
+    source: TorchModel
+    made: OnnxModel | TorchModel
+    sites: tuple[Site, ...]
+    before: Census
+    after: Census
+    reconciliation: Reconciliation
+    #: where the exporter wrote; it goes when the last result that reads weights from it goes
+    folder: "Folder"
+    validation: Comparison | None = None
+    outputs: tuple[dict[str, str], ...] = ()
+
+    @property
+    def folded(self) -> int:
+        return sum(site.fold is not None for site in self.sites)
+
+    @cached_property
+    def model(self) -> Any:
+        """Raises OutputError for ONNX above protobuf's 2 GB: use `save`."""
+        if isinstance(self.made, OnnxModel):
+            return onnx_verbs.to_object(self.made)
+        return torch_verbs.to_object(self.made)
+
+    def stage(self, path: Path, force: bool = False) -> AbstractContextManager[Any]:
+        """The result written beside `path`; `commit()` puts it in place, or leaving the block removes it."""
+        if isinstance(self.made, OnnxModel):
+            return onnx_verbs.stage(self.made, path, force)
+        return torch_verbs.stage(self.made, path, force)
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write the result to a file, atomically. Raises OutputError if the path exists and not `force`."""
+        with self.stage(Path(path), force) as stage:
+            stage.commit()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of DESIGN §7, and `reconciliation`."""
+        return {
+            "schema": SCHEMA,
+            "sites": [site.to_dict() for site in self.sites],
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "reconciliation": self.reconciliation.to_dict(),
+            "validation": None if self.validation is None else self.validation.to_dict(),
+            "outputs": list(self.outputs),
+        }
+
+    def __str__(self) -> str:
+        from normtool.report.table import to_text
+
+        return to_text(self)
+
+
+def convert_model(
+    opened: TorchModel,
+    target: str = "onnx",
+    fold: bool = False,
+    opset: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Conversion:
+    """Export, fold if asked to, and account for what changed. Nothing is written where a user would see it.
+
+    Raises UsageError (no example inputs, an unknown target), RuntimeRefused (an exporter fails).
+    """
+    if target not in TARGETS:
+        raise UsageError(f"convert to {target!r}: choose {' or '.join(TARGETS)}")
+    source = in_inference_mode(opened)
+    program = read_exported(program_of(source))
+    plan = plan_fold(program.graph, program.fingerprint, progress=progress) if fold else None
+    exported = fold_program(program, plan) if plan is not None and plan.folds else program
+    folder = Folder()
+    made: OnnxModel | TorchModel = exported
+    if target == "onnx":
+        assert exported.program is not None
+        made = to_onnx(exported.program, folder.path, opset)
+    account = reconcile(source, program, exported, made)
+    sites = _sites(program, plan, exported, made)
+    return Conversion(source, made, sites, account.source, account.made, account, folder)
+
+
+def _sites(
+    program: TorchModel, plan: Plan | None, exported: TorchModel, made: OnnxModel | TorchModel
+) -> tuple[Site, ...]:
+    """What became of each norm; the exporter may have folded some of its own accord."""
+    asked = plan_nothing(program) if plan is None else plan.sites
+    if not isinstance(made, OnnxModel):
+        return asked
+    gone = {op.name for op in folded_by_exporter(exported, made)}
+    return tuple(_as_exported(site, gone) for site in asked)
+
+
+def plan_nothing(program: TorchModel) -> tuple[Site, ...]:
+    """Every norm kept, because nobody asked for anything else."""
+    from normtool.detect import find_norms
+
+    return tuple(
+        Site(norm, KEPT, (Reason("not_asked", "converted as it is", norm.name),))
+        for norm in find_norms(program.graph)
+    )
+
+
+def _as_exported(site: Site, gone: set[str]) -> Site:
+    if site.fold is not None or site.norm.op is None or site.norm.op.name not in gone:
+        return site
+    reason = Reason("folded_by_exporter", "torch.onnx.export folded it, without a proof", site.norm.name)
+    return replace(site, verdict=FOLDED, reasons=(reason,))
