@@ -13,8 +13,9 @@ Nothing here imports a framework before it is needed.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normtool.api import Rewrite, apply, fold, load, plan, scan, validate
+    from normtool.api import Rewrite, apply, convert, fold, load, plan, scan, validate
     from normtool.comparison import Comparison
+    from normtool.conversion import Conversion
     from normtool.errors import NormtoolError
     from normtool.planner import Plan, Site
     from normtool.reasons import Reason
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    **dict.fromkeys(("Rewrite", "apply", "fold", "load", "plan", "scan", "validate"), "normtool.api"),
+    **dict.fromkeys(
+        ("Rewrite", "apply", "convert", "fold", "load", "plan", "scan", "validate"), "normtool.api"
+    ),
+    "Conversion": "normtool.conversion",
     "NormtoolError": "normtool.errors",
     "Plan": "normtool.planner",
     "Site": "normtool.planner",
@@ -34,6 +38,7 @@ _HOMES = {
 
 __all__ = [
     "Comparison",
+    "Conversion",
     "NormtoolError",
     "Plan",
     "Reason",
@@ -41,6 +46,7 @@ __all__ = [
     "Scan",
     "Site",
     "apply",
+    "convert",
     "fold",
     "load",
     "plan",

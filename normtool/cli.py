@@ -3,12 +3,13 @@
 Imports of models and frameworks happen inside the commands: `normtool --help` needs click alone.
 """
 
+import ast
 import functools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -39,7 +40,8 @@ def main() -> None:
     verbose = _count_v(sys.argv[1:])
     try:
         code = cli.main(standalone_mode=False, obj=out) or 0
-    except click.exceptions.Abort:
+    except click.exceptions.Abort:  # click's word for KeyboardInterrupt
+        print("normtool: interrupted", file=sys.stderr)
         code = INTERRUPTED
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
@@ -115,14 +117,64 @@ class Running:
     """Options of commands that run models."""
 
     device: str
-    input_shapes: tuple[str, ...]
     inputs_file: Path | None
     seed: int
 
-    def to_validation(self) -> dict[str, Any]:
-        """The same as arguments of `validate_onnx`. Raises UsageError for a shape that is none."""
-        shapes = _shapes(self.input_shapes)
+    def to_validation(self, opening: "Opening") -> dict[str, Any]:
+        """The same as arguments of `api.compare_models`. Raises UsageError for a shape that is none."""
+        shapes = opening.shapes()
         return {"device": self.device, "seed": self.seed, "shapes": shapes, "inputs_file": self.inputs_file}
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Options of commands that write a model."""
+
+    output: Path | None
+    force: bool
+    no_validate: bool
+
+    def check(self) -> None:
+        """Raises OutputError for a destination that would be refused after all the work."""
+        from normtool.destination import check_destination
+
+        if self.output is not None:
+            check_destination(self.output, self.force)
+
+    def options(self, running: Running, opening: "Opening") -> dict[str, Any] | None:
+        """How to validate; None where that is not wanted."""
+        return None if self.no_validate else running.to_validation(opening)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How to open a model that is made by a factory, or does not say what to call it with."""
+
+    arguments: tuple[str, ...]
+    weights: Path | None
+    input_shapes: tuple[str, ...]
+
+    def load(self, model: str, numbers: bool = True, inputs_file: Path | None = None) -> Any:
+        """Raises UsageError, UnreadableModel, UnsafeModel, BackendUnavailable."""
+        from normtool import api
+        from normtool.inputs_file import read_inputs
+
+        made = bool(api.FACTORY.fullmatch(model)) and not Path(model).exists()
+        if made and "" not in sys.path:
+            sys.path.insert(0, "")  # as `python -m` does: the user's own module lies in this folder
+        inputs: Any = self.shapes() or None
+        if inputs is None and inputs_file is not None and not model.endswith(".onnx"):
+            inputs = read_inputs(inputs_file)  # a module is exported on them too
+        return api.load(
+            model,
+            inputs=inputs,
+            arguments=_arguments(self.arguments) if made else None,
+            weights=self.weights if made else None,
+            numbers=numbers,
+        )
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str | None]]:
+        return _shapes(self.input_shapes)
 
 
 def _bundled(
@@ -168,6 +220,16 @@ _running = _bundled(
     click.option(
         "--inputs", "inputs_file", type=click.Path(path_type=Path), help="Run on these arrays (.npz)."
     ),
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+)
+
+_opening = _bundled(
+    "opening",
+    Opening,
+    click.option("--weights", type=click.Path(path_type=Path), help="A checkpoint for what the factory makes."),
+    click.option(
+        "--arg", "arguments", multiple=True, metavar="KEY=VALUE", help="An argument of the factory (a literal)."
+    ),
     click.option(
         "--input",
         "input_shapes",
@@ -175,34 +237,38 @@ _running = _bundled(
         metavar="NAME=1x3x224x224[:dtype]",
         help="Shape of a generated input.",
     ),
-    click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
 )
 
 
 @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="normtool", prog_name="normtool")
 def cli() -> None:
-    """Find, count, fold and prove normalisation layers in ONNX models."""
+    """Find, count, fold and prove normalisation layers in PyTorch and ONNX models.
+
+    MODEL is an .onnx or .pt2 file, a Hugging Face folder, a Python factory package.module:callable, or, for
+    scan, a file of weights (.safetensors, .pt, .pth, .bin).
+    """
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model")
 @click.option(
     "--optimizer",
     type=click.Choice(["sgd", "momentum", "adam", "adamw"]),
     help="Add the memory that training takes: weights, gradients, optimizer state, buffers.",
 )
+@_opening
 @_common
 @click.pass_obj
-def scan(out: TextIO, model: Path, optimizer: str | None, common: Common) -> int:
+def scan(out: TextIO, model: str, optimizer: str | None, opening: Opening, common: Common) -> int:
     """Every norm layer of MODEL and what it stores."""
     from normtool import api
     from normtool.training import training_memory
 
-    _check_report(common.report, model)
+    _check_report(common.report, Path(model))
     with _progress(common.quiet) as progress:
-        progress.step(f"reading {model.name}")
-        result = api.scan(model)
+        progress.step(f"reading {Path(model).name}")
+        result = api.scan(opening.load(model, numbers=False))
     document = result.to_dict()
     extra = []
     if optimizer:
@@ -213,62 +279,121 @@ def scan(out: TextIO, model: Path, optimizer: str | None, common: Common) -> int
     return 0
 
 
+_writing = _bundled(
+    "writing",
+    Writing,
+    click.option("--no-validate", is_flag=True, help="Write without running the models."),
+    click.option(
+        "--force", is_flag=True, help="Replace OUTPUT if it exists (safely: old or new, never neither)."
+    ),
+    click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the result goes."),
+)
+
+
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the folded model goes.")
+@click.argument("model")
 @click.option("--dry-run", is_flag=True, help="Print the plan, proved, and write nothing.")
-@click.option("--force", is_flag=True, help="Replace OUTPUT if it exists (safely: old or new, never neither).")
 @click.option("--freeze", is_flag=True, help="Treat initializers that are also graph inputs as constants.")
-@click.option("--no-validate", is_flag=True, help="Write without running the models.")
+@_writing
+@_opening
 @_running
 @_common
 @click.pass_obj
 def fold(
     out: TextIO,
-    model: Path,
-    output: Path | None,
+    model: str,
     dry_run: bool,
-    force: bool,
     freeze: bool,
-    no_validate: bool,
+    writing: Writing,
+    opening: Opening,
     running: Running,
     common: Common,
 ) -> int:
-    """Fold the BatchNorms of MODEL into the ops before them."""
-    from normtool import api
-    from normtool.formats.onnx.write import check_destination
-    from normtool.planner import plan_fold
+    """Fold the BatchNorms of MODEL into the ops before them.
 
-    if output is None and not dry_run:
+    An ONNX model is written as ONNX, a PyTorch model as an exported program (.pt2).
+    """
+    from normtool import api
+
+    if writing.output is None and not dry_run:
         raise UsageError("fold needs -o OUTPUT, or --dry-run to only see the plan")
-    if output is not None and not dry_run:
-        check_destination(output, force)
-    _check_report(common.report, model, output)
-    options = None if no_validate else running.to_validation()
+    if not dry_run:
+        writing.check()
+    _check_report(common.report, Path(model), writing.output)
+    options = writing.options(running, opening)
     with _progress(common.quiet) as progress:
-        progress.step(f"reading {model.name}")
-        opened = api.load(model)
+        progress.step(f"reading {Path(model).name}")
+        opened = opening.load(model, inputs_file=running.inputs_file)
         progress.step("planning and proving")
-        made = plan_fold(opened.graph, opened.fingerprint, freeze, progress.count)
+        made = api.plan(opened, freeze=freeze, progress=progress.count)
         result = api.rewrite(opened, made)
         verdict = "equal"
-        if output is not None and not dry_run:
-            progress.step("writing")
-            result, verdict = _write(result, output, force, options, progress.step)
+        if not dry_run:
+            result, verdict = _write(result, result.folded > 0, writing, options, progress.step)
     _show(out, [result], result.to_dict(), common)
-    _say_failed_proofs(result)
+    _say_failed_proofs(result.sites)
     if verdict == "equal":
         if not (result.folded or dry_run or common.quiet):
             print("normtool: nothing to fold; the output is the model as it was", file=sys.stderr)
         return 0
-    complaint = f"the folded model is not shown to be equal ({verdict})"
-    print(f"normtool: {complaint}; {output} was not written (--no-validate writes it anyway)", file=sys.stderr)
+    return _refuse_output("folded", verdict, writing)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--fold", "folding", is_flag=True, help="Fold BatchNorms, proved, before the export.")
+@click.option("--opset", type=int, help="Opset of the ONNX file (the exporter's default: 20).")
+@_writing
+@_opening
+@_running
+@_common
+@click.pass_obj
+def convert(
+    out: TextIO,
+    model: str,
+    folding: bool,
+    opset: int | None,
+    writing: Writing,
+    opening: Opening,
+    running: Running,
+    common: Common,
+) -> int:
+    """Convert a PyTorch MODEL to ONNX, or to an exported program (OUTPUT ends in .onnx or .pt2).
+
+    The model is taken in inference mode, its batch axis is left open where it can be, and the report explains
+    every difference between the counts of the model and of the file.
+    """
+    from normtool import api
+
+    if writing.output is None:
+        raise UsageError("convert needs -o OUTPUT.onnx (or OUTPUT.pt2)")
+    target = writing.output.suffix.removeprefix(".")
+    writing.check()
+    _check_report(common.report, Path(model), writing.output)
+    options = writing.options(running, opening)
+    with _progress(common.quiet) as progress:
+        progress.step(f"reading {Path(model).name}")
+        opened = opening.load(model, inputs_file=running.inputs_file)
+        progress.step("exporting")
+        result = api.make_conversion(opened, target, folding, opset, progress.count)
+        result, verdict = _write(result, True, writing, options, progress.step)
+    _show(out, [result], result.to_dict(), common)
+    _say_failed_proofs(result.sites)
+    return 0 if verdict == "equal" else _refuse_output("converted", verdict, writing)
+
+
+def _refuse_output(what: str, verdict: str, writing: Writing) -> int:
+    print(
+        f"normtool: the {what} model is not shown to be equal ({verdict}); {writing.output} was not written "
+        "(--no-validate writes it anyway)",
+        file=sys.stderr,
+    )
     return 1
 
 
-def _say_failed_proofs(result: Any) -> None:
+def _say_failed_proofs(sites: Iterable[Any]) -> None:
     """A fold that failed its own proof was not made; it is still a bug of ours, and said whatever is quiet."""
-    failed = [site.norm.name for site in result.sites if any(r.code == "internal" for r in site.reasons)]
+    failed = [site.norm.name for site in sites if any(r.code == "internal" for r in site.reasons)]
     if failed:
         names = ", ".join(failed[:3]) + (", …" if len(failed) > 3 else "")
         print(
@@ -279,22 +404,21 @@ def _say_failed_proofs(result: Any) -> None:
 
 def _write(
     result: Any,
-    output: Path,
-    force: bool,
+    changed: bool,
+    writing: Writing,
     options: Mapping[str, Any] | None,
     step: Callable[[str], None],
 ) -> tuple[Any, str]:
     """Write beside the destination, validate what was written, and only then put it in place."""
-    from normtool.formats.onnx.write import staged
+    from normtool import api
 
-    with staged(result.rewritten, output, force) as stage:
-        if options is not None and result.folded:
-            from normtool.formats.onnx.read import read_path
-            from normtool.formats.onnx.run import validate_onnx
-
-            written = read_path(stage.model_path)
+    assert writing.output is not None
+    step("writing")
+    with result.stage(writing.output, writing.force) as stage:
+        if options is not None and changed:
             try:
-                comparison = validate_onnx(result.source, written, **options, progress=step)
+                written = api.reopen(result, stage.model_path)
+                comparison = api.compare_models(result.source, written, **options, progress=step)
             except RuntimeRefused as error:
                 raise RuntimeRefused(
                     f"{error}\n--no-validate writes on the strength of the proofs alone"
@@ -306,31 +430,32 @@ def _write(
 
 
 @cli.command()
-@click.argument("reference", type=click.Path(path_type=Path))
-@click.argument("candidate", type=click.Path(path_type=Path))
+@click.argument("reference")
+@click.argument("candidate")
+@_opening
 @_running
 @_common
 @click.pass_obj
 def validate(
     out: TextIO,
-    reference: Path,
-    candidate: Path,
+    reference: str,
+    candidate: str,
+    opening: Opening,
     running: Running,
     common: Common,
 ) -> int:
-    """Do REFERENCE and CANDIDATE compute the same function?
+    """Do REFERENCE and CANDIDATE compute the same function? Any pair of PyTorch and ONNX models will do.
 
     Exit code 0: equal. 1: different, or inconclusive.
     """
     from normtool import api
-    from normtool.formats.onnx.run import validate_onnx
 
-    _check_report(common.report, reference, candidate)
-    options = running.to_validation()
+    _check_report(common.report, Path(reference), Path(candidate))
+    options = running.to_validation(opening)
     with _progress(common.quiet) as progress:
         progress.step("reading")
-        models = api.load(reference), api.load(candidate)
-        result = validate_onnx(*models, **options, progress=progress.step)
+        models = [opening.load(model, inputs_file=running.inputs_file) for model in (reference, candidate)]
+        result = api.compare_models(*models, **options, progress=progress.step)
     _show(out, [result], result.to_dict(), common)
     return 0 if result.verdict == "equal" else 1
 
@@ -354,6 +479,20 @@ def _progress(quiet: bool) -> Iterator[Any]:
     visible = sys.stderr.isatty() and not quiet and not os.environ.get("CI")
     with Progress(visible).running() as progress:
         yield progress
+
+
+def _arguments(texts: tuple[str, ...]) -> dict[str, Any]:
+    """`num_classes=10` → {"num_classes": 10}; what is no Python literal is a string."""
+    arguments: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--arg {text!r}: write it as KEY=VALUE")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value
+    return arguments
 
 
 def _shapes(texts: tuple[str, ...]) -> dict[str, tuple[tuple[int, ...], str | None]]:
@@ -412,7 +551,7 @@ def _check_report(path: Path | None, *models: Path | None) -> None:
 
     A report replaces an earlier one, which is why it is called .json.
     """
-    from normtool.formats.onnx.write import check_destination
+    from normtool.destination import check_destination
 
     if path is None:
         return
@@ -425,7 +564,7 @@ def _check_report(path: Path | None, *models: Path | None) -> None:
 
 def _write_report(path: Path, text: str) -> None:
     """Atomically, as everything else is written."""
-    from normtool.formats.onnx.write import as_output_error
+    from normtool.destination import as_output_error
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with as_output_error(path):
