@@ -7,13 +7,17 @@ BIN := $(VENV)/bin
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test test-long lint docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not long" $(ARGS)
+
+# more real architectures, and the largest
+test-long: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 -m long $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

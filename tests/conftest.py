@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+# two workers on two cores, each with libraries that want both: they would wait for each other most of the time
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).parent.parent
 
 #: A folder of real model files with a manifest of what an independent reader found in them.

@@ -1,0 +1,121 @@
+"""63 real architectures of transformers, small but true in structure, with perturbed statistics.
+
+Counted against PyTorch's own numbers, folded as modules, saved as .pt2, converted to ONNX; every result is run
+against the original.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+
+import normtool
+from normtool.errors import RuntimeRefused
+from normtool.formats.torch.export import Example, export
+from normtool.scanning import Scan
+from tests.formats.torch.architectures import ARCHITECTURES, Architecture, is_batch_norm
+
+#: BatchNorms that stay in the module, and why: everything else folds.
+LEFT: dict[str, Counter[str]] = {
+    # ReLU in front of it, or a residual reads the same tensor
+    "textnet": Counter({"multiple_readers, nonlinear": 3}),
+    # Linear → flatten → BatchNorm1d → reshape, and BatchNorm in front of attention
+    "levit": Counter({"unsupported_op": 22, "multiple_readers, unsupported_op": 2}),
+    "swiftformer": Counter({"multiple_readers, unsupported_op": 4, "unsupported_op": 1}),
+    # held by the model, never called by its forward
+    "dpt": Counter({"not_called": 2}),
+    # on the input features, behind a transposition
+    "hubert_batch_norm": Counter({"unsupported_op": 1}),
+    "clap_audio": Counter({"unsupported_op": 1}),
+    "patchtst": Counter({"unsupported_op": 4}),
+    "patchtsmixer": Counter({"unsupported_op": 6}),
+}
+
+#: Converted and compared in ONNX Runtime; of every family one.
+CONVERTED = (
+    "resnet regnet_y mobilenet_v1 mobilenet_v2 efficientnet textnet pp_lcnet levit mobilevit segformer bit "
+    "convnext poolformer vit dinov2 swin detr whisper wav2vec2 hubert_batch_norm speecht5 bert gpt2 llama "
+    "gemma t5 phi"
+).split()
+
+#: More of the same, and the largest: `make test-long`.
+LONG = {
+    "converted": "hgnet_v2 mobilevitv2 swiftformer cvt upernet_convnext convnextv2 focalnet deit swinv2 opt "
+    "falcon wav2vec2_conformer roberta bart gpt_neox beit clap_audio patchtst vitpose dpt".split(),
+    "folded": ["d_fine", "rt_detr"],
+}
+
+every = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
+
+
+def named(names: list[str], long: list[str]) -> pytest.MarkDecorator:
+    assert {*names, *long} <= {each.name for each in ARCHITECTURES}
+    chosen = [
+        pytest.param(each, id=each.name, marks=[pytest.mark.long] if each.name in long else [])
+        for each in ARCHITECTURES
+        if each.name in {*names, *long}
+    ]
+    return pytest.mark.parametrize("architecture", chosen)
+
+
+def norms_of(scan: Scan) -> dict[str, tuple[object, ...]]:
+    return {n.name: (n.norm.kind, n.learnable, n.frozen, n.buffers, n.calls) for n in scan.norms}
+
+
+@every
+def test_the_counts_are_pytorchs_own_and_the_program_has_the_same(architecture: Architecture):
+    module, inputs = architecture.make(), architecture.inputs()
+    scan = normtool.scan(module, inputs)
+    counted = scan.parameters
+    assert counted.learnable == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert counted.frozen == sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    assert counted.unique == counted.parameters
+    assert counted.buffers == sum(buffer.numel() for buffer in module.buffers())
+    assert counted.buffer_bytes == sum(b.numel() * b.element_size() for b in module.buffers())
+    assert sum(n.norm.kind == "batch_norm" for n in scan.norms) == architecture.batch_norms
+    assert not [entry for entry in scan.diagnostics if entry[0] == "no_dataflow"]
+
+    program = normtool.scan(export(module, Example(kwargs=inputs)))
+    assert norms_of(program) == norms_of(scan)
+    exported = program.parameters.to_dict()
+    for name in ("constants", "constant_bytes"):  # export lifts plain tensors of the code into constants
+        exported.pop(name)
+        assert getattr(counted, name) == 0
+    assert exported == {name: n for name, n in counted.to_dict().items() if name in exported}
+
+
+@named([each.name for each in ARCHITECTURES if each.batch_norms], LONG["folded"])
+def test_every_batch_norm_with_an_absorber_behind_it_folds(architecture: Architecture):
+    module, inputs = architecture.make(), architecture.inputs()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    result = normtool.fold(module, inputs)
+    kept = [site for site in result.sites if site.norm.kind == "batch_norm" and site.verdict != "folded"]
+    left = Counter(", ".join(sorted({reason.code for reason in site.reasons})) for site in kept)
+    assert left == LEFT.get(architecture.name, Counter())
+    assert sum(map(is_batch_norm, result.model.modules())) == left.total()
+    assert type(result.model) is type(module)
+    if result.folded:
+        assert result.validation is not None
+        assert result.validation.verdict == "equal", result.validation
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@named(CONVERTED, LONG["converted"])
+def test_the_saved_program_and_the_onnx_file_compute_the_same(architecture: Architecture, tmp_path):
+    module, inputs = architecture.make(), architecture.inputs()
+    path = tmp_path / "folded.pt2"
+    normtool.fold(module, inputs, validate=False).save(path)
+    saved = normtool.validate(module, path, inputs)
+    assert saved.verdict == "equal", saved
+    converted = normtool.convert(module, inputs, fold=True)
+    assert converted.validation is not None
+    assert converted.validation.verdict == "equal", converted.validation
+    assert not any(converted.reconciliation.unexplained.values())
+
+
+def test_what_the_exporter_cannot_convert_is_refused_in_its_own_words():
+    """d_fine calls aten._is_all_true."""
+    (architecture,) = (each for each in ARCHITECTURES if each.name == "d_fine")
+    with pytest.raises(RuntimeRefused, match=r"torch\.onnx\.export fails: .*_is_all_true"):
+        normtool.convert(architecture.make(), architecture.inputs(), validate=False)
