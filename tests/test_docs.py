@@ -11,6 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import BertConfig
 
 import normtool
 from normtool.explain import explain, norm_pages
@@ -81,17 +85,53 @@ def test_the_readme_shows_what_the_commands_print(trained_model: Path) -> None:
 def test_the_readme_library_example_runs(
     trained_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    onnx_code, torch_code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "model.onnx").write_bytes(trained_model.read_bytes())
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(onnx_code, "README.md", "exec"), {})
     assert normtool.scan("folded.onnx").summary == {}
+    (tmp_path / "model.onnx").unlink()
+    made = {"normtool": normtool, "model": _small_module(), "example": torch.randn(2, 3, 16, 16)}
+    exec(compile(torch_code, "README.md", "exec"), made)
+    assert made["result"].folded == 1
+    assert normtool.scan("model.onnx").summary == {}
+
+
+ZOO = """
+from torch import nn, randn
+
+def build(width=8):
+    net = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 3))
+    net.example_input_array = randn(2, 3, 32, 32)
+    return net
+"""
+
+
+def _small_module() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+
+
+def test_the_readme_commands_for_pytorch_run(tmp_path: Path) -> None:
+    (tmp_path / "mynet").mkdir()
+    (tmp_path / "mynet" / "zoo.py").write_text(ZOO)
+    torch.save(_small_module().state_dict(), tmp_path / "net.pt")
+    save_file(_small_module().state_dict(), tmp_path / "model.safetensors")
+    BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(
+        tmp_path / "bert-base"
+    )
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    lines = re.findall(r"^(normtool [^#\n]*)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    commands = [line for line in lines if "mynet" in line or "safetensors" in line or "bert-base" in line]
+    assert len(commands) == 6
+    for command in commands:
+        done = subprocess.run(command.split(), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
 
 
 def test_every_command_of_the_readme_exists() -> None:
     text = (ROOT / "README.md").read_text()
     commands = set(re.findall(r"^\$? ?normtool (\w+)", text, re.MULTILINE))
-    assert commands == {"scan", "fold", "validate", "explain"}
+    assert commands == {"scan", "fold", "convert", "validate", "explain"}
 
 
 # ---- pages ------------------------------------------------------------------------------------
