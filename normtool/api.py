@@ -199,11 +199,16 @@ def _verbs(opened: Opened) -> ModuleType:
 
 
 def _with_dataflow(opened: Opened) -> "OnnxModel | TorchModel":
-    """Raises UsageError for what cannot be run or rewritten: weights alone, a module without example inputs."""
+    """Raises UsageError for what cannot be rewritten: weights alone, a module without example inputs."""
     if opened.format == "module":
         from normtool.formats.torch.sources import need_example
 
         need_example(opened)  # type: ignore[arg-type]
+    return _runnable(opened)
+
+
+def _runnable(opened: Opened) -> "OnnxModel | TorchModel":
+    """Raises UsageError for weights alone. What a module is called with may be the other side's to tell."""
     if opened.format in ("onnx", "module", "pt2"):
         return opened  # type: ignore[return-value]
     raise UsageError(
@@ -368,7 +373,7 @@ def compare_models(
     seed: int = 0,
     **options: Any,
 ) -> Comparison:
-    pair = _with_dataflow(reference), _with_dataflow(candidate)
+    pair = _runnable(reference), _runnable(candidate)
     if all(opened.format == "onnx" for opened in pair):
         from normtool.formats.onnx.run import validate_onnx
 

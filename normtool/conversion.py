@@ -16,6 +16,7 @@ from normtool.formats.onnx.model import OnnxModel
 from normtool.formats.torch import verbs as torch_verbs
 from normtool.formats.torch.convert import in_inference_mode, program_of, to_onnx
 from normtool.formats.torch.model import TorchModel, read_exported
+from normtool.formats.torch.norm_changes import NormChange, norm_changes
 from normtool.formats.torch.program_apply import fold_program
 from normtool.formats.torch.reconcile import Reconciliation, folded_by_exporter, reconcile
 from normtool.parameters import Census
@@ -39,12 +40,14 @@ class Folder:
 class Conversion:
     """What `convert` made. `.model` is a ModelProto or an ExportedProgram, `.sites` what became of each norm.
 
-    `source` is the model that was converted: the user's own, or a copy of it in inference mode.
+    `source` is the model that was converted: the user's own, or a copy of it in inference mode. `norms` are
+    the kinds of which the file has more or fewer than the model, and why.
     """
 
     source: TorchModel
     made: OnnxModel | TorchModel
     sites: tuple[Site, ...]
+    norms: tuple[NormChange, ...]
     before: Census
     after: Census
     reconciliation: Reconciliation
@@ -82,7 +85,10 @@ class Conversion:
             "sites": [site.to_dict() for site in self.sites],
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
-            "reconciliation": self.reconciliation.to_dict(),
+            "reconciliation": {
+                **self.reconciliation.to_dict(),
+                "norms": [change.to_dict() for change in self.norms],
+            },
             "validation": None if self.validation is None else self.validation.to_dict(),
             "outputs": list(self.outputs),
         }
@@ -117,7 +123,8 @@ def convert_model(
         made = to_onnx(exported.program, folder.path, opset)
     account = reconcile(source, program, exported, made)
     sites = _sites(program, plan, exported, made)
-    return Conversion(source, made, sites, account.source, account.made, account, folder)
+    norms = norm_changes(program.graph, sites, made) if isinstance(made, OnnxModel) else ()
+    return Conversion(source, made, sites, norms, account.source, account.made, account, folder)
 
 
 def _sites(

@@ -71,12 +71,19 @@ def _memory(memory: TrainingMemory, verbose: bool) -> list[Section]:
 
 
 def _census_rows(census: Census) -> tuple[tuple[str, str, str], ...]:
-    return (
+    rows = [
         ("learnable", _count(census.learnable), _count(census.learnable_bytes)),
         ("frozen", _count(census.frozen), _count(census.frozen_bytes)),
         ("buffers", _count(census.buffers), _count(census.buffer_bytes)),
         ("constants", _count(census.constants), _count(census.constant_bytes)),
-    )
+    ]
+    if {census.named, census.unique} != {census.parameters}:
+        rows.append(("learnable and frozen, every name counted", _count(census.named), ""))
+        rows.append(("… every parameter object counted", _count(census.unique), ""))
+        rows.append(("… every stored element counted once", _count(census.parameters), ""))
+    if census.uninitialised:
+        rows.append(("uninitialised tensors", "unknown", ""))
+    return tuple(rows)
 
 
 def _diagnostics(diagnostics: tuple[tuple[str, str, str], ...]) -> Section:
@@ -159,6 +166,8 @@ def _conversion(conversion: "Conversion", verbose: bool) -> list[Section]:
     lines.append(("the file", *(_count(getattr(account.made, role)) for role in roles)))
     found = _sites(conversion.sites, verbose)
     found.append(Section("From the model to the file", ("what", *roles), tuple(lines), frozenset(roles)))
+    changes = tuple((c.kind, _count(c.source), _count(c.made), c.message) for c in conversion.norms)
+    found.append(Section("Norms", ("kind", "before", "after", "why"), changes, _COUNTS))
     if conversion.validation is not None:
         found += _comparison(conversion.validation, verbose)
     return [*found, *_written(conversion.outputs)]

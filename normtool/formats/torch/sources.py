@@ -130,7 +130,7 @@ def read_pt2(path: Path, inputs: Any = None) -> TorchModel:
 
 
 def _load(path: Path) -> ExportedProgram:
-    """Not by torch.export.load if it can be helped: where that fails, it goes on with older and laxer readers."""
+    """Not by torch.export.load if it can be helped: where that fails, it goes on with laxer readers."""
     try:
         from torch.export.pt2_archive._package import load_pt2
     except ImportError:  # no public name leads there

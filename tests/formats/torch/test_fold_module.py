@@ -756,3 +756,94 @@ def test_random_chains(chain):
     result = fold(module, inputs)
     assert_same(module, result.model, inputs)
     assert fold(result.model, inputs).folded == 0
+
+
+# ---- frozen BatchNorms, spelled out in primitive ops -----------------------------------------------
+
+
+class FrozenBatchNorm(nn.Module):
+    """As detection models have it: four buffers, and scale and shift computed in every call."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, tensor in {
+            "weight": torch.randn(channels),
+            "bias": torch.randn(channels),
+            "running_mean": torch.randn(channels),
+            "running_var": torch.rand(channels) + 0.5,
+        }.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x):
+        scale = (self.weight * (self.running_var + 1e-5).rsqrt()).reshape(1, -1, 1, 1)
+        return x * scale + (self.bias.reshape(1, -1, 1, 1) - self.running_mean.reshape(1, -1, 1, 1) * scale)
+
+
+class Clipped(FrozenBatchNorm):
+    def forward(self, x):
+        return super().forward(x).clamp(-1, 1)
+
+
+class Peeks(nn.Module):
+    """Its own code reads the statistics of its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), FrozenBatchNorm(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.bn.running_mean.sum()
+
+
+def test_a_frozen_batch_norm_folds_and_gives_way_to_identity():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), FrozenBatchNorm(4), nn.ReLU()).eval()
+    inputs = (torch.randn(2, 3, 6, 6),)
+    result = normtool.fold(module, inputs)
+    assert [site.verdict for site in result.sites] == ["folded"]
+    assert isinstance(result.model[1], nn.Identity)
+    assert (result.before.buffers, result.after.buffers) == (16, 0)
+    assert result.validation.verdict == "equal"
+
+
+def test_a_frozen_batch_norm_that_is_called_twice_folds_at_both_sites():
+    torch.manual_seed(0)
+    norm = FrozenBatchNorm(4)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), norm).eval()
+    result = normtool.fold(module, (torch.randn(2, 3, 8, 8),))
+    assert [site.verdict for site in result.sites] == ["folded", "folded"]
+    assert result.validation.verdict == "equal"
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        pytest.param(
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), FrozenBatchNorm(4)), "nonlinear", id="behind-a-relu"
+        ),
+        pytest.param(
+            nn.Sequential(nn.Conv2d(3, 4, 3), Clipped(4)), "unsupported_op", id="it-does-more-than-its-map"
+        ),
+        pytest.param(Peeks(), "shared_parameter", id="its-statistics-are-read-elsewhere"),
+    ],
+)
+def test_a_frozen_batch_norm_is_kept(module, code):
+    result = normtool.fold(module.eval(), (torch.randn(2, 3, 6, 6),))
+    (site,) = result.sites
+    assert site.verdict == "kept"
+    assert code in {reason.code for reason in site.reasons}
+
+
+def test_a_norm_whose_tensors_somebody_else_uses_is_one_norm():
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            bn = self.bn
+            return nn.functional.batch_norm(self.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias)
+
+    scan = normtool.scan(Functional().eval(), (torch.randn(2, 3, 6, 6),))
+    (norm,) = scan.norms
+    assert (norm.name, norm.calls, norm.learnable, norm.buffers) == ("bn", 1, 8, 9)

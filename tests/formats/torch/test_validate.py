@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import normtool
 from normtool.api import load
 from normtool.comparison import OutputRuns, compare
 from normtool.errors import BackendUnavailable, RuntimeRefused, UsageError
@@ -763,3 +764,18 @@ def test_a_transformers_model_equals_its_program(architecture: Architecture):
     with torch.no_grad():
         weight[: len(weight) // 2] *= 1.01
     assert validate_torch(opened_module, read_module(wrong, example)).verdict == "different"
+
+
+def test_an_onnx_side_tells_a_module_what_to_be_called_with(tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    path = tmp_path / "module.onnx"
+    normtool.convert(module, torch.randn(2, 3, 8, 8), validate=False).save(path)
+    assert normtool.validate(module, path).verdict == "equal"
+    assert normtool.validate(path, module).verdict == "equal"
+
+
+def test_two_modules_that_say_nothing_are_asked_for_inputs():
+    module = nn.Conv2d(3, 4, 3)
+    with pytest.raises(UsageError, match="--input input=1x3x224x224"):
+        normtool.validate(module, module)

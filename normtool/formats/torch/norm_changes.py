@@ -1,0 +1,88 @@
+"""Why an ONNX file has other norms than the model it was made from: kind by kind.
+
+An exporter writes what the opset has a name for, and spells out the rest.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+
+from normtool.detect import find_norms
+from normtool.formats.onnx.model import OnnxModel
+from normtool.graph import GRAPH_OUTPUT, ModelGraph, Op
+from normtool.norms import Norm
+from normtool.planner import Site
+from normtool.reasons import FOLDED
+
+#: kind → why the file has fewer of them
+_FEWER: Mapping[str, str] = {
+    "group_norm": "written as Reshape, InstanceNormalization, Reshape, Mul, Add (below opset 21)",
+    "instance_norm": "with running statistics it is written as BatchNormalization",
+    "rms_norm": "spelled out in primitive ops (below opset 23, or in the model's own code)",
+}
+
+#: kind → why the file has more of them
+_MORE: Mapping[str, str] = {
+    "instance_norm": "what the exporter writes for GroupNorm",
+    "batch_norm": "what the exporter writes for InstanceNorm with running statistics",
+    "layer_norm": "spelled out in the code, and recognised by the exporter",
+    "rms_norm": "spelled out in the code, and recognised by the exporter",
+}
+
+_SPELLED_OUT = "spelled out in primitive ops"
+
+
+@dataclass(frozen=True)
+class NormChange:
+    """Norms of one kind, by how often they run: in the model given, folded on the way, in the file.
+
+    `unused` ones lead to no output of the model, so the exporter leaves them out.
+    """
+
+    kind: str
+    source: int
+    folded: int
+    unused: int
+    made: int
+
+    @property
+    def message(self) -> str:
+        causes = [f"{self.folded} folded"] if self.folded else []
+        causes += [f"{self.unused} lead to no output"] if self.unused else []
+        rest = self.made - (self.source - self.folded - self.unused)
+        if rest:
+            table = _MORE if rest > 0 else _FEWER
+            causes.append(f"{abs(rest)} {table.get(self.kind, _SPELLED_OUT)}")
+        return "; ".join(causes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "message": self.message}
+
+
+def norm_changes(graph: ModelGraph, sites: Iterable[Site], made: OnnxModel) -> tuple[NormChange, ...]:
+    """The kinds whose number changes. `sites` are those of `graph`, the model given, each with its verdict."""
+    sites, useful = list(sites), _useful(graph)
+    before, after = _runs(site.norm for site in sites), _runs(find_norms(made.graph))
+    folded = _runs(site.norm for site in sites if site.verdict == FOLDED)
+    unused = _runs(
+        s.norm for s in sites if s.verdict != FOLDED and s.norm.op is not None and s.norm.op not in useful
+    )
+    kinds = dict.fromkeys([*before, *after])
+    changes = (NormChange(kind, before[kind], folded[kind], unused[kind], after[kind]) for kind in kinds)
+    return tuple(change for change in changes if change.source != change.made)
+
+
+def _useful(graph: ModelGraph) -> set[Any]:
+    """Every node from which an output can be reached."""
+    ends = [node for node in graph.nodes if isinstance(node, Op) and node.kind == GRAPH_OUTPUT]
+    return {each for end in ends for each in nx.ancestors(graph.nodes, end)}
+
+
+def _runs(norms: Iterable[Norm]) -> Counter[str]:
+    runs: Counter[str] = Counter()
+    for norm in norms:
+        runs[norm.kind] += norm.calls or 0
+    return runs
