@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 import normtool
 from normtool.api import load
 from normtool.errors import BackendUnavailable, NormtoolError, RuntimeRefused, UsageError
-from normtool.formats.onnx import child, worker
 from normtool.inputs import attempts, generate
 from tests import zoo
 from tests.zoo import Net
@@ -22,26 +21,8 @@ from tests.zoo import Net
 Array = np.ndarray[Any, Any]
 HAS_GPU = Path("/dev/nvidiactl").exists()
 
-# the worker leaves its report to be closed by the end of its process
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file.*jsonl:ResourceWarning")
 
-
-@pytest.fixture(autouse=True)
-def worker_in_this_process(monkeypatch):
-    """Run the worker here: to start a process takes five times as long as the run itself.
-
-    Whatever fails here goes on to a process of its own, as a user's run does (`test_cli` has those).
-    """
-    start = child.start
-
-    def run_child(job_path: Path, time_limit: float) -> tuple[int, str]:
-        try:
-            worker.main(str(job_path))
-        except (Exception, SystemExit):
-            return start(job_path, time_limit)
-        return 0, ""
-
-    monkeypatch.setattr(child, "start", run_child)
+pytestmark = pytest.mark.usefixtures("worker_in_this_process")
 
 
 def right_fold(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -32,14 +32,15 @@ def main(job_path: str) -> None:
 
 
 class Report:
-    """Lines of JSON, flushed one by one: what a crash leaves behind is still true."""
+    """Lines of JSON, written one by one: what a crash leaves behind is still true."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w")
+        self._path = path
+        path.write_text("")
 
     def line(self, **fields: Any) -> None:
-        self._file.write(json.dumps(fields) + "\n")
-        self._file.flush()
+        with self._path.open("a") as file:
+            file.write(json.dumps(fields) + "\n")
 
 
 def _session(run: dict[str, Any], device: str) -> Any:

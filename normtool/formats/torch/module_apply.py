@@ -8,7 +8,7 @@ does (an activation inside a BatchNorm subclass). `review` says where that fails
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -184,21 +184,24 @@ class _Review:
         if absorber is not None and not all(map(is_of_torch, absorber._forward_pre_hooks.values())):
             owner = fold.absorber.owner
             return (Reason("hook", f"a forward pre-hook on {owner!r} may change its weight", owner),)
-        stacks = [_stack(op) for op in fold.path]
-        for before, after in pairwise(stacks):
-            for key, path in before.items():
-                module = self.modules.get(path)
-                if key in after or module is None:
-                    continue
-                if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
-                    return (Reason("hook", f"a hook on {path!r} sees what it puts out", path),)
-            for key, path in after.items():
-                module = self.modules.get(path)
-                if key in before or module is None:
-                    continue
-                if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-                    return (Reason("hook", f"a hook on {path!r} sees what goes in", path),)
+        for before, after in pairwise(_stack(op) for op in fold.path):
+            left = [path for call, path in before.items() if call not in after]
+            entered = [path for call, path in after.items() if call not in before]
+            if path := self._first_hooked(left, "_forward_hooks"):
+                return (Reason("hook", f"a hook on {path!r} sees what it puts out", path),)
+            if path := self._first_hooked(entered, "_forward_pre_hooks"):
+                return (Reason("hook", f"a hook on {path!r} sees what goes in", path),)
         return ()
+
+    def _first_hooked(self, paths: Iterable[str], kind: str) -> str | None:
+        """The first of these modules with hooks of a kind, or with any on its gradients."""
+        for path in paths:
+            module = self.modules.get(path)
+            if module is not None and (
+                getattr(module, kind) or module._backward_hooks or module._backward_pre_hooks
+            ):
+                return path
+        return None
 
 
 def _tensors_by_storage(model: TorchModel) -> defaultdict[object, set[int]]:

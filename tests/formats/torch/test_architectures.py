@@ -16,6 +16,8 @@ from normtool.formats.torch.export import Example, export
 from normtool.scanning import Scan
 from tests.formats.torch.architectures import ARCHITECTURES, Architecture, is_batch_norm
 
+pytestmark = pytest.mark.usefixtures("worker_in_this_process")
+
 #: BatchNorms that stay in the module, and why: everything else folds.
 LEFT: dict[str, Counter[str]] = {
     # ReLU in front of it, or a residual reads the same tensor

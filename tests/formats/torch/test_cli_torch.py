@@ -21,13 +21,9 @@ from safetensors.torch import save_file
 
 from normtool import api, cli
 from normtool.errors import NormtoolError
-from normtool.formats.onnx import child, worker
 from tests import zoo
 from tests.conftest import ROOT
 from tests.formats.torch.architectures import ARCHITECTURES
-
-# the worker leaves its report to be closed by the end of its process
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file.*jsonl:ResourceWarning")
 
 NUMBERS = count()
 
@@ -63,19 +59,7 @@ FACTORY = """
 IMAGE = ("--input", "image=1x3x8x8")
 
 
-@pytest.fixture(autouse=True)
-def worker_in_this_process(monkeypatch) -> None:
-    """Run ONNX Runtime here: to start a process takes five times as long as the run itself."""
-    start = child.start
-
-    def run_child(job_path: Path, time_limit: float) -> tuple[int, str]:
-        try:
-            worker.main(str(job_path))
-        except (Exception, SystemExit):
-            return start(job_path, time_limit)
-        return 0, ""
-
-    monkeypatch.setattr(child, "start", run_child)
+pytestmark = pytest.mark.usefixtures("worker_in_this_process")
 
 
 @pytest.fixture

@@ -25,30 +25,14 @@ from normtool import api
 from normtool.comparison import DIFFERENT
 from normtool.conversion import Conversion
 from normtool.errors import OutputError, RuntimeRefused, UsageError
-from normtool.formats.onnx import child, worker
 from normtool.formats.torch import convert as torch_convert
 from tests.conftest import ROOT
 from tests.formats.torch.architectures import ARCHITECTURES, perturb
 
-# the worker leaves its report to be closed by the end of its process
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file.*jsonl:ResourceWarning")
-
 BY_NAME = {each.name: each for each in ARCHITECTURES}
 
 
-@pytest.fixture(autouse=True)
-def worker_in_this_process(monkeypatch) -> None:
-    """Run ONNX Runtime here: to start a process takes five times as long as the run itself."""
-    start = child.start
-
-    def run_child(job_path: Path, time_limit: float) -> tuple[int, str]:
-        try:
-            worker.main(str(job_path))
-        except (Exception, SystemExit):
-            return start(job_path, time_limit)
-        return 0, ""
-
-    monkeypatch.setattr(child, "start", run_child)
+pytestmark = pytest.mark.usefixtures("worker_in_this_process")
 
 
 @pytest.fixture(autouse=True)

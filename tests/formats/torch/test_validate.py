@@ -15,7 +15,6 @@ import normtool
 from normtool.api import load
 from normtool.comparison import OutputRuns, compare
 from normtool.errors import BackendUnavailable, RuntimeRefused, UsageError
-from normtool.formats.onnx import child, worker
 from normtool.formats.torch import torch_side
 from normtool.formats.torch.export import Example, export, undisturbed
 from normtool.formats.torch.float64 import Float64Program
@@ -23,25 +22,10 @@ from normtool.formats.torch.model import TorchModel, read_exported, read_module
 from normtool.formats.torch.run import validate_torch
 from tests.formats.torch.architectures import ARCHITECTURES, Architecture
 
-# the worker leaves its report to be closed by the end of its process
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file.*jsonl:ResourceWarning")
-
 HAS_GPU = torch.cuda.is_available()
 
 
-@pytest.fixture(autouse=True)
-def worker_in_this_process(monkeypatch):
-    """Run ONNX Runtime here: to start a process takes five times as long as the run itself."""
-    start = child.start
-
-    def run_child(job_path: Path, time_limit: float) -> tuple[int, str]:
-        try:
-            worker.main(str(job_path))
-        except (Exception, SystemExit):
-            return start(job_path, time_limit)
-        return 0, ""
-
-    monkeypatch.setattr(child, "start", run_child)
+pytestmark = pytest.mark.usefixtures("worker_in_this_process")
 
 
 # ---- models ---------------------------------------------------------------------------------------------
