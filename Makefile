@@ -33,6 +33,7 @@ bench: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,peers]'
 	$(BIN)/python tests/benchmarks/fold_cost.py
 	$(BIN)/python tests/benchmarks/start_up.py
+	$(BIN)/python -m tests.benchmarks.fold_modules
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

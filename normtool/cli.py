@@ -160,8 +160,6 @@ class Opening:
         from normtool.inputs_file import read_inputs
 
         made = bool(api.FACTORY.fullmatch(model)) and not Path(model).exists()
-        if made and "" not in sys.path:
-            sys.path.insert(0, "")  # as `python -m` does: the user's own module lies in this folder
         inputs: Any = self.shapes() or None
         if inputs is None and inputs_file is not None and not model.endswith(".onnx"):
             inputs = read_inputs(inputs_file)  # a module is exported on them too

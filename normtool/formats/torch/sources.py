@@ -7,7 +7,9 @@ torch run something before torch sees it.
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ def read_factory(text: str, arguments: Mapping[str, Any], weights: Path | None, 
     Raises UsageError where the name leads nowhere, UnreadableModel where the call fails or weights do not fit.
     """
     try:
-        made = _call(text, arguments)
+        with _this_folder_importable():
+            made = _call(text, arguments)
     except ImportError as error:  # what it needs only when it is called
         raise UnreadableModel(f"{text}: {first_line(error)}") from None
     if isinstance(made, ExportedProgram):
@@ -78,6 +81,19 @@ def read_factory(text: str, arguments: Mapping[str, Any], weights: Path | None, 
     if weights is not None:
         load_weights(made, weights)  # checked first: no code in it runs
     return read_object(made.eval(), inputs)
+
+
+@contextmanager
+def _this_folder_importable() -> Iterator[None]:
+    """As under `python -m`: the user's own module often lies where the user is."""
+    added = "" not in sys.path
+    if added:
+        sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        if added and "" in sys.path:
+            sys.path.remove("")
 
 
 def _call(text: str, arguments: Mapping[str, Any]) -> Any:
