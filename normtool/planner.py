@@ -209,6 +209,9 @@ class _Planner:
 
     def _unfoldable(self, norm: Norm) -> Reason:
         """Why a norm that is no BatchNorm op cannot even be looked at."""
+        if norm.op is not None and norm.op.attributes.get("use_input_stats") is False:
+            message = "an InstanceNorm with stored statistics is affine, but no rule folds it yet"
+            return Reason("unsupported_op", message, norm.name)
         if norm.kind != "batch_norm":
             message = "its statistics are computed from the input at run time"
             return Reason("data_dependent", message, norm.name)

@@ -847,3 +847,9 @@ def test_a_norm_whose_tensors_somebody_else_uses_is_one_norm():
     scan = normtool.scan(Functional().eval(), (torch.randn(2, 3, 6, 6),))
     (norm,) = scan.norms
     assert (norm.name, norm.calls, norm.learnable, norm.buffers) == ("bn", 1, 8, 9)
+
+
+def test_an_instance_norm_with_stored_statistics_is_kept_for_the_right_reason():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True))
+    (site,) = normtool.fold(module.eval(), (torch.randn(2, 3, 6, 6),), validate=False).sites
+    assert [reason.code for reason in site.reasons] == ["unsupported_op"]
