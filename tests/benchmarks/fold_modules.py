@@ -2,13 +2,13 @@
 
     python -m tests.benchmarks.fold_modules
 
-For each architecture of tests/formats/torch/architectures.py that holds BatchNorms: how many are left, how many
-times longer than fuse a fold with its proofs takes, and how far the outputs lie apart, relative to the largest.
+For each architecture of tests/formats/torch/architectures.py that holds BatchNorms: how many are left, and how
+far the outputs lie apart, relative to the largest. Where a tool raises, all of them are left.
 """
 
 import copy
-import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,48 +19,39 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 import normtool
-from normtool.formats.torch.export import leaves
-from tests.formats.torch.architectures import ARCHITECTURES, Architecture, is_batch_norm
+from normtool.formats.torch.export import first_line, leaves
+from tests.formats.torch.architectures import ARCHITECTURES, is_batch_norm
+
+Tool = Callable[[nn.Module, dict[str, Any]], nn.Module]
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    table = Table(
-        "architecture", "BatchNorms", "left: normtool", "left: fx.fuse", "error", "error", "time ratio"
-    )
-    totals = [0, 0, 0]
-    refused = 0
+    console = Console()
+    table = Table("architecture", "BatchNorms", "normtool", "error", "torch.fx fuse", "error")
+    left: Counter[str] = Counter()
+    complaints: Counter[str] = Counter()
     for architecture in ARCHITECTURES:
         if not architecture.batch_norms:
             continue
-        ours, theirs = measured(architecture, by_normtool), measured(architecture, by_fx)
-        refused += theirs[0] is None
-        totals[0] += architecture.batch_norms
-        totals[1] += ours[0] or 0
-        totals[2] += architecture.batch_norms if theirs[0] is None else theirs[0]
-        table.add_row(architecture.name, str(architecture.batch_norms), *cells(ours, theirs))
-    table.add_row("all", *map(str, totals))
-    console = Console()
+        row = [architecture.name, str(architecture.batch_norms)]
+        for name, tool in TOOLS.items():
+            module, inputs = architecture.make(), architecture.inputs()
+            try:
+                folded = tool(module, inputs)
+                count = sum(map(is_batch_norm, folded.modules()))
+                row += [str(count), f"{error(module, folded, inputs):.1e}"]
+            except Exception as complaint:  # torch.fx raises anything on code that it cannot trace
+                count = architecture.batch_norms
+                complaints[f"{name}: {type(complaint).__name__}: {first_line(complaint)[:80]}"] += 1
+                row += ["raises", ""]
+            left[name] += count
+        table.add_row(*row)
     console.print(table)
-    console.print(f"torch.fx cannot trace {refused} of them (all their BatchNorms are left)")
-
-
-#: (BatchNorms left, relative error, seconds); None where the tool raises
-Measured = tuple[int | None, float, float]
-
-
-def measured(architecture: Architecture, tool: Callable[[nn.Module, dict[str, Any]], nn.Module]) -> Measured:
-    module, inputs = architecture.make(), architecture.inputs()
-    start = time.perf_counter()
-    try:
-        folded = tool(module, inputs)
-    except Exception:  # torch.fx raises anything on code that it cannot trace
-        return None, 0.0, 0.0
-    seconds = time.perf_counter() - start
-    try:
-        return sum(map(is_batch_norm, folded.modules())), error(module, folded, inputs), seconds
-    except Exception:
-        return None, 0.0, seconds
+    for name, count in left.items():
+        console.print(f"{name} leaves {count} of {sum(each.batch_norms for each in ARCHITECTURES)}")
+    for complaint_text, count in complaints.most_common():
+        console.print(f"{count} x {complaint_text}", markup=False)
 
 
 def by_normtool(module: nn.Module, inputs: dict[str, Any]) -> nn.Module:
@@ -72,6 +63,9 @@ def by_fx(module: nn.Module, inputs: dict[str, Any]) -> nn.Module:
     return fuse(copy.deepcopy(module))
 
 
+TOOLS: dict[str, Tool] = {"normtool": by_normtool, "torch.fx": by_fx}
+
+
 def error(module: nn.Module, folded: nn.Module, inputs: dict[str, Any]) -> float:
     pairs = zip(outputs(module, inputs), outputs(folded, inputs), strict=True)
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
@@ -81,14 +75,6 @@ def outputs(module: nn.Module, inputs: dict[str, Any]) -> Iterator[torch.Tensor]
     with torch.no_grad():
         found = module(**inputs)
     return (leaf for leaf in leaves(found) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
-
-
-def cells(ours: Measured, theirs: Measured) -> Iterator[str]:
-    for left, _, _ in (ours, theirs):
-        yield "raises" if left is None else str(left)
-    for left, apart, _ in (ours, theirs):
-        yield "" if left is None else f"{apart:.1e}"
-    yield f"{ours[2] / theirs[2]:.1f}" if theirs[0] is not None else ""
 
 
 if __name__ == "__main__":
