@@ -105,8 +105,9 @@ class _Rewriter:
         (rebind,) = edit.constants.values()
         entered = self._argument(node, edit.op, entry)
         self._displace(node, entered)
-        weight = self.model.graph.input(rebind.op, "weight")
-        constant = self._new_placeholder(rebind.name, self._parameter(to_tensor(rebind.value), weight))
+        beside = (self.model.graph.input(rebind.op, slot) for slot in ("weight", "mean", "a", "b"))
+        like = next((tensor for tensor in beside if tensor is not None and tensor.name in self.state), None)
+        constant = self._new_placeholder(rebind.name, self._parameter(to_tensor(rebind.value), like))
         with self.graph.inserting_before(node):
             added = self.graph.call_function(torch.ops.aten.add.Tensor, (entered, constant))
         added.meta = {**node.meta, "val": _first(node.meta.get("val"))}
