@@ -20,6 +20,12 @@ SCHEMA = "normtool.validation/1"
 
 EQUAL, DIFFERENT, INCONCLUSIVE = "equal", "different", "inconclusive"
 
+#: Seeds of the nudged references.
+NUDGES = (1, 2)
+
+#: How many weights are tried until a planted error of 1 % is seen at the outputs.
+SITES_TRIED = 3
+
 #: A candidate may differ from the reference by this many noise floors.
 LIMIT = 4.0
 

@@ -12,6 +12,8 @@ from normtool.comparison import (
     DIFFERENT,
     EQUAL,
     INCONCLUSIVE,
+    NUDGES,
+    SITES_TRIED,
     Comparison,
     Difference,
     OutputRuns,
@@ -38,12 +40,6 @@ from normtool.suspects import spaced
 
 #: Seconds that one child process may take.
 TIME_LIMIT = 900.0
-
-#: Seeds of the nudged references.
-NUDGES = (1, 2)
-
-#: How many sites are tried until a planted error of 1 % is seen at the outputs.
-SITES_TRIED = 3
 
 #: The same, where the outputs are blind and sites inside are compared.
 SITES_TRIED_INSIDE = 8

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from normtool.comparison import NUDGES
 from normtool.errors import RuntimeRefused
 from normtool.formats.onnx.child import Run, run_job
 from normtool.formats.onnx.model import OnnxModel
 from normtool.formats.onnx.variants import nudged, suspects, wrong_by_one_percent
 from normtool.formats.onnx.write import staged
-from normtool.formats.torch.sides import NUDGES, Feed, Outputs, Refusal, Yardstick, matched
+from normtool.formats.torch.sides import Feed, Outputs, Refusal, Yardstick, matched
 from normtool.graph import ModelGraph, Tensor
 from normtool.inputs import model_inputs
 

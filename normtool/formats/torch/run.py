@@ -16,6 +16,7 @@ from normtool.comparison import (
     DIFFERENT,
     EQUAL,
     INCONCLUSIVE,
+    SITES_TRIED,
     Comparison,
     Difference,
     OutputRuns,
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
 
 #: Seconds that one child process (ONNX Runtime) may take; PyTorch runs here and takes what it takes.
 TIME_LIMIT = 900.0
-
-#: How many weights are tried until a planted error of 1 % is seen.
-SITES_TRIED = 3
 
 Progress = Callable[[str], None]
 

@@ -15,9 +15,6 @@ Feed: TypeAlias = Mapping[str, Array]
 #: Outputs by name, in their order.
 Outputs: TypeAlias = Mapping[str, Array]
 
-#: Seeds of the nudged references.
-NUDGES = (1, 2)
-
 
 @dataclass(frozen=True)
 class Refusal:

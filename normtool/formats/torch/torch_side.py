@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from normtool.comparison import EQUAL, OutputRuns, compare
+from normtool.comparison import EQUAL, NUDGES, OutputRuns, compare
 from normtool.errors import UsageError
 from normtool.formats.torch import copies
 from normtool.formats.torch.export import Example, ExportFailed, export, first_line, leaves
@@ -22,7 +22,7 @@ from normtool.formats.torch.interface import (
     named_outputs,
 )
 from normtool.formats.torch.model import TorchModel
-from normtool.formats.torch.sides import NUDGES, Feed, Outputs, Refusal, Yardstick, matched
+from normtool.formats.torch.sides import Feed, Outputs, Refusal, Yardstick, matched
 from normtool.formats.torch.tensors import to_numpy, to_tensor
 from normtool.graph import ModelGraph, Tensor
 from normtool.inputs import nudge
