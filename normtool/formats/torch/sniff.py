@@ -94,13 +94,3 @@ def _kind_of_zip(file: io.BufferedReader) -> Kind:
     if "archive_format" in names or "serialized_exported_program.json" in names:
         return Kind.EXPORTED_PROGRAM
     return Kind.TORCH_ZIP if "data.pkl" in names else Kind.OTHER_ZIP
-
-
-def is_exported_program(path: Path) -> bool:
-    """Did `torch.export.save` write this file, whatever it is called now? Raises UnreadableModel."""
-    return kind_of(path) is Kind.EXPORTED_PROGRAM
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Would `read_checkpoint` try to count it? Raises UnreadableModel."""
-    return kind_of(path) in (Kind.SAFETENSORS, Kind.INDEX, Kind.TORCH_ZIP, Kind.TORCH_LEGACY)

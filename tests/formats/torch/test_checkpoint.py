@@ -24,12 +24,15 @@ from torch import nn
 
 from normtool.errors import UnreadableModel, UnsafeModel
 from normtool.formats.torch.checkpoint import Checkpoint, read_checkpoint
-from normtool.formats.torch.sniff import is_checkpoint, is_exported_program
+from normtool.formats.torch.sniff import Kind, kind_of
 from normtool.reasons import EXPLANATIONS
 from normtool.scanning import scan_graph
 from tests.conftest import CORPUS, ROOT, corpus_cases, torch_manifest
 
 GIB = 1 << 30
+
+#: What `read_checkpoint` tries to count.
+CHECKPOINTS = (Kind.SAFETENSORS, Kind.INDEX, Kind.TORCH_ZIP, Kind.TORCH_LEGACY)
 
 ZIP_AND_LEGACY = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 
@@ -171,7 +174,7 @@ def test_corpus_refusals(entry: dict[str, Any]) -> None:
 def test_content_decides_not_the_suffix(tmp_path: Path, name: str, legacy: bool) -> None:
     path = save(tmp_path / name, conv_bn().state_dict(), legacy)
     checkpoint = read_checkpoint(path)
-    assert is_checkpoint(path)
+    assert kind_of(path) in CHECKPOINTS
     assert (checkpoint.format, checkpoint.census.learnable, checkpoint.census.buffers) == (
         "torch",
         LEARNABLE,
@@ -1056,7 +1059,7 @@ def test_foreign_files(tmp_path: Path, case: str) -> None:
     content, words = FOREIGN[case]
     path = tmp_path / "m.pt"
     path.write_bytes(content)
-    assert not is_checkpoint(path)
+    assert kind_of(path) not in CHECKPOINTS
     refused(path, words, unsafe=False)
 
 
@@ -1070,8 +1073,8 @@ def test_exported_program_under_another_name(tmp_path: Path) -> None:
     program = torch.export.export(nn.ReLU(), (torch.zeros(2),))
     torch.export.save(program, tmp_path / "m.pt2")
     path = (tmp_path / "m.pt2").rename(tmp_path / "m.pt")
-    assert is_exported_program(path)
-    assert not is_exported_program(save(tmp_path / "n.pt2", {"w": torch.zeros(2)}))
+    assert kind_of(path) is Kind.EXPORTED_PROGRAM
+    assert kind_of(save(tmp_path / "n.pt2", {"w": torch.zeros(2)})) is not Kind.EXPORTED_PROGRAM
     refused(path, "exported program", ".pt2")
 
 
