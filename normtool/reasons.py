@@ -203,8 +203,9 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
     ),
     # ---- whole-model reasons
     "no_dataflow": (
-        "Only weights were given; without the graph nothing can be moved.",
-        "Give the model itself (ONNX, .pt2 or a Python factory).",
+        "Nothing is known of what reads what: only weights were given, or no example inputs, or torch.export "
+        "refuses the model (the message is its own). Without the graph nothing can be moved.",
+        "Give the model itself (ONNX, .pt2 or a Python factory) and, to a PyTorch module, example inputs.",
     ),
     "internal": (
         "A rewrite that should have been exact failed its own proof and was not made.",
