@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from normtool.comparison import Comparison
+from normtool.detect import find_norms
 from normtool.errors import UsageError
 from normtool.formats.onnx import verbs as onnx_verbs
 from normtool.formats.onnx.model import OnnxModel
@@ -52,7 +53,7 @@ class Conversion:
     after: Census
     reconciliation: Reconciliation
     #: where the exporter wrote; it goes when the last result that reads weights from it goes
-    folder: "Folder"
+    folder: Folder
     validation: Comparison | None = None
     outputs: tuple[dict[str, str], ...] = ()
 
@@ -131,17 +132,15 @@ def _sites(
     program: TorchModel, plan: Plan | None, exported: TorchModel, made: OnnxModel | TorchModel
 ) -> tuple[Site, ...]:
     """What became of each norm; the exporter may have folded some of its own accord."""
-    asked = plan_nothing(program) if plan is None else plan.sites
+    asked = _nothing_asked(program) if plan is None else plan.sites
     if not isinstance(made, OnnxModel):
         return asked
     gone = {op.name for op in folded_by_exporter(exported, made)}
     return tuple(_as_exported(site, gone) for site in asked)
 
 
-def plan_nothing(program: TorchModel) -> tuple[Site, ...]:
+def _nothing_asked(program: TorchModel) -> tuple[Site, ...]:
     """Every norm kept, because nobody asked for anything else."""
-    from normtool.detect import find_norms
-
     return tuple(
         Site(norm, KEPT, (Reason("not_asked", "converted as it is", norm.name),))
         for norm in find_norms(program.graph)

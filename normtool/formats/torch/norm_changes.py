@@ -32,7 +32,8 @@ _MORE: Mapping[str, str] = {
     "rms_norm": "spelled out in the code, and recognised by the exporter",
 }
 
-_SPELLED_OUT = "spelled out in primitive ops"
+#: What no table explains is said to be so, and not guessed.
+UNEXPLAINED = "for a reason that is not known here"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class NormChange:
         rest = self.made - (self.source - self.folded - self.unused)
         if rest:
             table = _MORE if rest > 0 else _FEWER
-            causes.append(f"{abs(rest)} {table.get(self.kind, _SPELLED_OUT)}")
+            causes.append(f"{abs(rest)} {table.get(self.kind, UNEXPLAINED)}")
         return "; ".join(causes)
 
     def to_dict(self) -> dict[str, Any]:

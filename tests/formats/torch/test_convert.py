@@ -26,6 +26,7 @@ from normtool.comparison import DIFFERENT
 from normtool.conversion import Conversion
 from normtool.errors import OutputError, RuntimeRefused, UsageError
 from normtool.formats.torch import convert as torch_convert
+from normtool.formats.torch.norm_changes import UNEXPLAINED, NormChange
 from tests.conftest import ROOT
 from tests.formats.torch.architectures import ARCHITECTURES, perturb
 
@@ -523,3 +524,39 @@ def test_an_interrupt_leaves_the_old_file(tmp_path):
     assert running.returncode == 130
     assert (tmp_path / "m.onnx").read_text() == "mine"
     assert not [path.name for path in tmp_path.iterdir() if "tmp" in path.name or "normtool-" in path.name]
+
+
+# ---- norms, kind by kind --------------------------------------------------------------------------------
+
+
+class EveryKind(nn.Module):
+    """Conv, two BatchNorms (one behind a ReLU), GroupNorm, RMSNorm, LayerNorm, and a LayerNorm for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.late = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.group, self.rms = nn.GroupNorm(2, 4), nn.RMSNorm(8)
+        self.layer, self.idle = nn.LayerNorm(8), nn.LayerNorm(8)
+
+    def forward(self, image: Tensor) -> Tensor:
+        y = self.late(torch.relu(self.bn(self.conv(image))))
+        y = self.rms(self.layer(self.group(y)))
+        self.idle(y)
+        return y
+
+
+def test_every_change_in_the_norms_has_its_numbers():
+    result = convert(EveryKind().eval(), normal(2, 3, 8, 8), fold=True, opset=20)
+    changes = {c.kind: (c.source, c.folded, c.unused, c.made) for c in result.norms}
+    assert changes == {
+        "batch_norm": (2, 1, 0, 1),
+        "group_norm": (1, 0, 0, 0),
+        "instance_norm": (0, 0, 0, 1),  # GroupNorm below opset 21
+        "rms_norm": (1, 0, 0, 0),
+        "layer_norm": (2, 0, 1, 1),
+    }
+
+
+def test_a_change_that_nothing_explains_is_said_to_be_one():
+    assert UNEXPLAINED in NormChange("layer_norm", source=3, folded=0, unused=1, made=1).message
+    assert UNEXPLAINED not in NormChange("layer_norm", source=3, folded=0, unused=1, made=2).message
