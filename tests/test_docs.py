@@ -21,6 +21,7 @@ from normtool.explain import explain, norm_pages
 from normtool.norms import NORMS
 from normtool.reasons import EXPLANATIONS
 from tests.conftest import ROOT
+from tests.formats.torch.checks import perturbed
 
 NORM_PAGES = sorted((ROOT / "docs" / "norms").glob("*.md"))
 
@@ -114,7 +115,8 @@ class Net(nn.Sequential):
 
 
 def _small_module() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    return perturbed(module)
 
 
 def test_the_readme_commands_for_pytorch_run(tmp_path: Path) -> None:

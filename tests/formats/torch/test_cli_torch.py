@@ -40,6 +40,8 @@ FACTORY = """
             with torch.no_grad():
                 self.conv.weight.normal_(std=0.2)
                 self.conv.weight[0] *= gain
+                self.bn.weight.copy_(torch.linspace(-1.5, 1.0, width))
+                self.bn.bias.copy_(torch.linspace(0.5, -0.4, width))
                 self.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, width))
                 self.bn.running_var.copy_(torch.linspace(0.5, 1.5, width))
 
