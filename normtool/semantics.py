@@ -1,202 +1,247 @@
 """What the operators mean, in float64 numpy.
 
-This is the yardstick of the site proof, written from the operators' definitions (onnx.ai/onnx/operators)
-and sharing nothing with the rules that it judges. Weights are read a block of rows at a time, so a
-layer of any size is evaluated within a few megabytes.
+This is the yardstick of the proof, written from the operators' definitions (onnx.ai/onnx/operators; PyTorch's
+where only ATen has the operator) and sharing nothing with the rules that it judges. Inference only. Kinds,
+slots and attributes are those of `ops`; what a row leaves out has ONNX's default.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
-from normtool.values import Array, Rounded, Scaled, Value, element_count, row_blocks, widened
+from normtool import semantics_shapes as shapes
+from normtool import semantics_windows as windows
+from normtool.ops import f32, slot_name
+from normtool.semantics_call import Call, wide, wide_rows
+from normtool.values import Array, Value, is_float
 
-Attributes = Mapping[str, Any]
-Operands = Mapping[str, Value]
+__all__ = ["KINDS", "evaluate", "wide", "wide_rows"]
 
 
-def evaluate(kind: str, attributes: Attributes, x: Array, operands: Operands, slot: str) -> Array:
-    """The op's output in float64, with `x` standing at `slot` and constants at the other slots.
+def evaluate(kind: str, attributes: Mapping[str, Any], inputs: Mapping[str, Array | Value]) -> dict[str, Array]:
+    """The op's outputs by slot: `y`, or `y.0`, `y.1`, … of a split. They may be views of the inputs.
 
-    Raises KeyError for a kind without a definition here.
+    An input is a float64 array (data) or a Value (a constant). Raises KeyError for a kind that is not in
+    `KINDS`, NotImplementedError for a variant that its definition leaves out.
     """
+    define = _DEFINITIONS[kind]
     with np.errstate(all="ignore"):
-        return _DEFINITIONS[kind](attributes, x, operands, slot)
-
-
-def wide_rows(value: Value, start: int, stop: int) -> Array:
-    """Rows in float64; what a plan is about to write comes before its rounding."""
-    rows = value.exact_rows if isinstance(value, Scaled | Rounded) else value.rows
-    return widened(rows(start, stop), np.float64)
-
-
-def wide(value: Value) -> Array:
-    return wide_rows(value, 0, value.shape[0] if value.shape else 1)
-
-
-# ---- convolution ------------------------------------------------------------------------------
-
-
-def _spatial(attributes: Attributes, name: str, rank: int, default: int) -> list[int]:
-    return [int(n) for n in attributes.get(name) or [default] * rank]
-
-
-def _conv_pads(attributes: Attributes, size: list[int], kernel: list[int]) -> list[int]:
-    """Begin and end padding of each spatial axis, `auto_pad` worked out."""
-    rank = len(kernel)
-    auto = attributes.get("auto_pad", "NOTSET")
-    if auto not in ("SAME_UPPER", "SAME_LOWER"):
-        return [0] * 2 * rank if auto == "VALID" else _spatial(attributes, "pads", 2 * rank, 0)
-    begins, ends = [], []
-    for length, extent, stride in zip(size, kernel, _spatial(attributes, "strides", rank, 1), strict=True):
-        total = max(0, (-(-length // stride) - 1) * stride + extent - length)
-        small, large = total // 2, total - total // 2
-        begins.append(small if auto == "SAME_UPPER" else large)
-        ends.append(large if auto == "SAME_UPPER" else small)
-    return begins + ends
-
-
-def _conv(attributes: Attributes, x: Array, operands: Operands, slot: str) -> Array:
-    """x (N, Cin, *S) ⋆ weight (Cout, Cin/g, *K) + bias (Cout): a correlation, zero padded."""
-    weight = operands["weight"]
-    groups, rank = int(attributes.get("group", 1)), x.ndim - 2
-    dilations = _spatial(attributes, "dilations", rank, 1)
-    strides = _spatial(attributes, "strides", rank, 1)
-    extents = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilations, strict=True)]
-    pads = _conv_pads(attributes, list(x.shape[2:]), extents)
-    padded = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
-    windows = np.lib.stride_tricks.sliding_window_view(padded, extents, axis=tuple(range(2, 2 + rank)))
-    steps = [slice(None, None, s) for s in strides] + [slice(None, None, d) for d in dilations]
-    windows = windows[(slice(None), slice(None), *steps)]
-    batch, out_spatial = x.shape[0], windows.shape[2 : 2 + rank]
-    # (g, Cin/g · K, N · O): one column per output position
-    columns = np.moveaxis(windows, (0, *range(2, 2 + rank)), range(-1 - rank, 0))
-    columns = columns.reshape(groups, -1, batch * element_count(out_spatial))
-    flat = np.empty((weight.shape[0], columns.shape[2]))
-    for start, stop, rows in _group_rows(weight, groups):
-        first = start * groups // weight.shape[0]
-        part = np.matmul(rows, columns[first : first + rows.shape[0]])
-        flat[start:stop] = part.reshape(stop - start, -1)
-    y = np.moveaxis(flat.reshape(weight.shape[0], batch, *out_spatial), 0, 1)
-    return _plus_channels(y, operands.get("bias"))
-
-
-def _group_rows(weight: Value, groups: int) -> Iterator[tuple[int, int, Array]]:
-    """Blocks of output channels as (groups in block, rows, Cin/g · K); none straddles a group border."""
-    per_group = weight.shape[0] // groups
-    for start, stop in row_blocks(weight):
-        while start < stop:
-            if start % per_group == 0 and stop - start >= per_group:
-                end = start + (stop - start) // per_group * per_group
-                blocks = (end - start) // per_group
-            else:
-                end, blocks = min(stop, (start // per_group + 1) * per_group), 1
-            rows = wide_rows(weight, start, end)
-            yield start, end, rows.reshape(blocks, (end - start) // blocks, -1)
-            start = end
-
-
-def _conv_transpose(attributes: Attributes, x: Array, operands: Operands, slot: str) -> Array:
-    """x (N, Cin, *S), weight (Cin, Cout/g, *K): every input position adds a scaled kernel to the output."""
-    weight = operands["weight"]
-    groups, rank = int(attributes.get("group", 1)), x.ndim - 2
-    kernel, per_group = weight.shape[2:], weight.shape[0] // groups
-    dilations = _spatial(attributes, "dilations", rank, 1)
-    strides = _spatial(attributes, "strides", rank, 1)
-    extra = _spatial(attributes, "output_padding", rank, 0)
-    size = list(x.shape[2:])
-    full = [
-        (n - 1) * s + (k - 1) * d + 1 + e
-        for n, s, k, d, e in zip(size, strides, kernel, dilations, extra, strict=True)
-    ]
-    channels = weight.shape[1] * groups
-    positions = np.moveaxis(x, 0, 1).reshape(weight.shape[0], -1)
-    columns = np.zeros((groups, element_count(weight.shape[1:]), positions.shape[1]))
-    for start, stop in row_blocks(weight):
-        rows = wide_rows(weight, start, stop).reshape(stop - start, -1)
-        for group in range(start // per_group, (stop - 1) // per_group + 1):
-            lo, hi = max(start, group * per_group), min(stop, (group + 1) * per_group)
-            columns[group] += rows[lo - start : hi - start].T @ positions[lo:hi]
-    patches = columns.reshape(channels, *kernel, x.shape[0], *size)
-    y = np.zeros((channels, x.shape[0], *full))
-    for offset in np.ndindex(*kernel):
-        target = tuple(
-            slice(o * d, o * d + (n - 1) * s + 1, s)
-            for o, d, n, s in zip(offset, dilations, size, strides, strict=True)
-        )
-        y[(slice(None), slice(None), *target)] += patches[(slice(None), *offset)]
-    y = _crop(np.moveaxis(y, 0, 1), attributes, size, strides)
-    return _plus_channels(y, operands.get("bias"))
-
-
-def _crop(y: Array, attributes: Attributes, size: list[int], strides: list[int]) -> Array:
-    """Cut a transposed convolution to its padding, `auto_pad` or `output_shape`."""
-    rank, full = len(size), list(y.shape[2:])
-    auto, wanted = attributes.get("auto_pad", "NOTSET"), attributes.get("output_shape")
-    if wanted is None and auto in ("SAME_UPPER", "SAME_LOWER"):
-        wanted = [n * s for n, s in zip(size, strides, strict=True)]
-    if wanted is None:
-        pads = [0] * 2 * rank if auto == "VALID" else _spatial(attributes, "pads", 2 * rank, 0)
-        begins, ends = pads[:rank], pads[rank:]
-    else:
-        totals = [max(0, f - int(w)) for f, w in zip(full, list(wanted)[-rank:], strict=True)]
-        halves = [total // 2 for total in totals]
-        others = [total - half for total, half in zip(totals, halves, strict=True)]
-        begins, ends = (halves, others) if auto == "SAME_UPPER" else (others, halves)
-    cuts = [slice(b, f - e) for b, f, e in zip(begins, full, ends, strict=True)]
-    return y[(slice(None), slice(None), *cuts)]
-
-
-def _plus_channels(y: Array, bias: Value | None) -> Array:
-    if bias is None:
-        return y
-    return y + wide(bias).reshape(-1, *[1] * (y.ndim - 2))
+        result = define(Call(attributes, inputs))
+    if isinstance(result, list):
+        return {slot_name(("y*",), i): part for i, part in enumerate(result)}
+    return {"y": np.asarray(result, np.float64)}
 
 
 # ---- matrix products --------------------------------------------------------------------------
 
 
-def _linear(attributes: Attributes, x: Array, operands: Operands, slot: str) -> Array:
-    """alpha · A' · B' + beta · C."""
-    a = x.T if attributes.get("transA", 0) else x
-    b = wide(operands["b"])
-    y: Array = attributes.get("alpha", 1.0) * (a @ (b.T if attributes.get("transB", 0) else b))
-    if "c" in operands:
-        y = y + attributes.get("beta", 1.0) * wide(operands["c"])
+def _linear(call: Call) -> Array:
+    """alpha · A' · B' + beta · C; PyTorch's `linear` has an A with any number of leading axes."""
+    a, b = call.array("a"), call.array("b")
+    if a.ndim == 2 and call.attribute("transA", 0):
+        a = a.T
+    y: Array = call.attribute("alpha", 1.0) * (a @ (b.T if call.attribute("transB", 0) else b))
+    if "c" in call.inputs:
+        y = y + call.attribute("beta", 1.0) * call.array("c")
     return y
 
 
-def _matmul(attributes: Attributes, x: Array, operands: Operands, slot: str) -> Array:
-    return x @ wide(operands["b"]) if slot == "a" else wide(operands["a"]) @ x
+# ---- normalisation ----------------------------------------------------------------------------
 
 
-# ---- affine maps ------------------------------------------------------------------------------
-
-
-def _batch_norm(attributes: Attributes, x: Array, operands: Operands, slot: str) -> Array:
+def _batch_norm(call: Call) -> Array:
     """(x − μ)/√(σ² + ε) · γ + β, in the order of the definition and not as s·x + t."""
-    c = {name: wide(value).reshape(-1, *[1] * (x.ndim - 2)) for name, value in operands.items()}
-    normal = (x - c["mean"]) / np.sqrt(c["var"] + attributes["epsilon"])
-    return np.asarray(normal * c.get("weight", 1.0) + c.get("bias", 0.0))
+    if call.attribute("training_mode", 0):
+        raise NotImplementedError("batch_norm that computes its own statistics")
+    x = call.array("x")
+
+    def per_channel(slot: str) -> Array:
+        given = call.array(slot)
+        return given.reshape(*given.shape, *[1] * (x.ndim - 1 - given.ndim))
+
+    y = (x - per_channel("mean")) / np.sqrt(per_channel("var") + call.attribute("epsilon", f32(1e-5)))
+    if "weight" in call.inputs:
+        y = y * per_channel("weight")
+    return np.asarray(y + per_channel("bias") if "bias" in call.inputs else y)
 
 
-def _binary(function: Callable[[Array, Array], Array]) -> Callable[..., Array]:
-    def define(attributes: Attributes, x: Array, operands: Operands, slot: str) -> Array:
-        other = wide(operands["b" if slot == "a" else "a"])
-        return function(x, other) if slot == "a" else function(other, x)
-
-    return define
+def _softmax(call: Call) -> Array:
+    return _softmax_of(call.array("x"), int(call.attribute("axis", -1)))
 
 
-_DEFINITIONS: Mapping[str, Callable[[Attributes, Array, Operands, str], Array]] = {
-    "conv": _conv,
-    "conv_transpose": _conv_transpose,
+def _softmax_of(x: Array, axis: int) -> Array:
+    powers = np.exp(x - x.max(axis=axis, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=axis, keepdims=True))
+
+
+def _attention(call: Call) -> Array:
+    """PyTorch's: softmax(scale · q kᵀ + mask) v over [batch…, heads, positions, features].
+
+    `is_causal`: a query sees the keys up to its own place; `enable_gqa`: several heads of queries share one of
+    keys.
+    """
+    if call.attribute("dropout_p", 0):
+        raise NotImplementedError("attention that drops out at random")
+    q, k, v = (call.array(slot) for slot in "qkv")
+    if call.attribute("enable_gqa", 0):
+        k, v = (np.repeat(each, q.shape[-3] // each.shape[-3], axis=-3) for each in (k, v))
+    scores = q @ k.swapaxes(-1, -2) * call.attribute("scale", 1 / np.sqrt(q.shape[-1]))
+    if call.attribute("is_causal", 0):
+        scores = np.where(np.tri(*scores.shape[-2:]) > 0, scores, -np.inf)
+    if "mask" in call.inputs:
+        scores = scores + call.array("mask")
+    return np.asarray(_softmax_of(scores, -1) @ v)
+
+
+def _reduce_mean(call: Call) -> Array:
+    x, axes = call.array("x"), call.integers("axes")
+    if not axes and call.attribute("noop_with_empty_axes", 0):
+        return x
+    keep = bool(call.attribute("keepdims", 1))
+    return np.asarray(x.mean(axis=tuple(axes) if axes else None, keepdims=keep))
+
+
+# ---- elementwise ------------------------------------------------------------------------------
+
+
+def _unary(function: Callable[[Array], Array]) -> Callable[[Call], Array]:
+    return lambda call: function(call.array("x"))
+
+
+def _binary(function: Callable[[Array, Array], Array]) -> Callable[[Call], Array]:
+    return lambda call: function(call.array("a"), call.array("b"))
+
+
+def _sum(call: Call) -> Array:
+    return np.asarray(reduce(np.add, call.listed("inputs")))
+
+
+def _leaky_relu(call: Call) -> Array:
+    x = call.array("x")
+    return np.where(x < 0, call.attribute("alpha", f32(0.01)) * x, x)
+
+
+def _prelu(call: Call) -> Array:
+    """ONNX broadcasts the slope from the last axis. PyTorch's runs along axis 1: attribute `slope_axis`."""
+    x, slope, axis = call.array("x"), call.array("slope"), call.attribute("slope_axis")
+    if axis is not None:
+        slope = slope.reshape(_along(int(axis), x.ndim))
+    return np.where(x < 0, slope * x, x)
+
+
+def _dropout(call: Call) -> Array:
+    """In inference. One that the caller may put in training is none, and is told by data at its slot."""
+    told = call.inputs.get("training_mode")
+    if isinstance(told, np.ndarray) or any(call.numbers("training_mode") or []):
+        raise NotImplementedError("dropout in training")
+    return call.array("x")
+
+
+def _cast(call: Call) -> Array:
+    """No float dtype loses anything here; to an integer the fraction is cut off, to bool all but 0 is 1."""
+    x, dtype = call.array("x"), call.attribute("to")
+    if "like" in call.inputs:
+        dtype = call.value("like").dtype
+    if dtype is None or is_float(np.dtype(dtype)):
+        return x
+    return np.trunc(x) if np.dtype(dtype) != np.bool_ else (x != 0).astype(np.float64)
+
+
+# ---- quantisation -----------------------------------------------------------------------------
+
+#: TensorProto.DataType of the integers that QuantizeLinear writes without a zero point
+_OUTPUT_DTYPES = {2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 21: "uint4", 22: "int4"}
+
+
+def _quantize_linear(call: Call) -> Array:
+    """round(x / scale) + zero point, half to even, saturated to the zero point's dtype."""
+    x = call.array("x")
+    low, high = _integer_range(call)
+    steps = np.rint(x / _per_axis(call, "scale", x)) + _per_axis(call, "zero_point", x)
+    return np.asarray(np.clip(steps, low, high))
+
+
+def _dequantize_linear(call: Call) -> Array:
+    x = call.array("x")
+    return (x - _per_axis(call, "zero_point", x)) * _per_axis(call, "scale", x)
+
+
+def _per_axis(call: Call, slot: str, x: Array) -> Array:
+    """A scale or zero point laid out against x: one for all, one per index of `axis`, or one per block."""
+    given = call.array(slot) if slot in call.inputs else np.zeros(())
+    if given.size == 1:
+        return given.reshape(())
+    axis, block = int(call.attribute("axis", 1)) % x.ndim, int(call.attribute("block_size", 0))
+    if block:
+        return np.repeat(given, block, axis).take(range(x.shape[axis]), axis)
+    return given.reshape(_along(axis, x.ndim))
+
+
+def _along(axis: int, rank: int) -> list[int]:
+    return [-1 if i == axis % rank else 1 for i in range(rank)]
+
+
+def _integer_range(call: Call) -> tuple[int, int]:
+    if "zero_point" in call.inputs:
+        name = call.value("zero_point").dtype.name
+    else:
+        name = _OUTPUT_DTYPES.get(call.attribute("output_dtype") or 2, "a float")
+    integer = re.fullmatch(r"(u?)int(\d+)", name)
+    if integer is None:
+        raise NotImplementedError(f"quantize_linear to {name}: it saturates to the range of an integer dtype")
+    bits = int(integer[2]) - (not integer[1])
+    return (0 if integer[1] else -(2**bits)), 2**bits - 1
+
+
+_DEFINITIONS: Mapping[str, Callable[[Call], Array | list[Array]]] = {
+    "conv": windows.conv,
+    "conv_transpose": windows.conv_transpose,
     "linear": _linear,
-    "matmul": _matmul,
+    "matmul": _binary(np.matmul),
+    "embedding": shapes.embedding,
     "batch_norm": _batch_norm,
+    "softmax": _softmax,
+    "attention": _attention,
     "add": _binary(np.add),
     "sub": _binary(np.subtract),
     "mul": _binary(np.multiply),
     "div": _binary(np.divide),
+    "sum": _sum,
+    "neg": _unary(np.negative),
+    "relu": _unary(lambda x: np.maximum(x, 0)),
+    "leaky_relu": _leaky_relu,
+    "prelu": _prelu,
+    "identity": _unary(lambda x: x),
+    "dropout": _dropout,
+    "cast": _cast,
+    "cast_like": _cast,
+    "transpose": shapes.transpose,
+    "reshape": shapes.reshape,
+    "flatten": shapes.flatten,
+    "squeeze": shapes.squeeze,
+    "unsqueeze": shapes.unsqueeze,
+    "expand": shapes.expand,
+    "concat": shapes.concat,
+    "split": shapes.split,
+    "slice": shapes.slice_,
+    "select": shapes.select,
+    "gather_nd": shapes.gather_nd,
+    "index": shapes.index,
+    "tile": shapes.tile,
+    "pad": shapes.pad,
+    "resize": shapes.resize,
+    "upsample": shapes.upsample,
+    "average_pool": windows.average_pool,
+    "global_average_pool": windows.global_average_pool,
+    "adaptive_average_pool": windows.adaptive_average_pool,
+    "max_pool": windows.max_pool,
+    "reduce_mean": _reduce_mean,
+    "quantize_linear": _quantize_linear,
+    "dequantize_linear": _dequantize_linear,
 }
+
+#: Kinds that `evaluate` knows.
+KINDS = frozenset(_DEFINITIONS)

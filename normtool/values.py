@@ -4,8 +4,9 @@ A `Value` is a tensor's content: its shape and dtype are known at once, its numb
 axis 0, so that a model of any size is rewritten, proved and written within a few megabytes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,7 +77,7 @@ class Scaled:
         if factor.ndim and factor.shape[0] != 1:
             factor = factor[start:stop]
         wide = working_dtype(self.dtype)
-        product = widened(self.source.rows(start, stop), wide)
+        product = widened(exact_rows(self.source, start, stop), wide)
         with np.errstate(all="ignore"):
             product *= factor.astype(wide)
         return product
@@ -103,12 +104,45 @@ class Rounded:
         return round_to(self.exact_rows(start, stop), self.dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """Like `Rounded`, for numbers that are worth computing only if somebody asks (a sum over a whole
+    weight)."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    compute: Callable[[], Array]
+
+    @cached_property
+    def exact(self) -> Array:
+        return np.broadcast_to(self.compute(), self.shape)
+
+    def exact_rows(self, start: int, stop: int) -> Array:
+        return self.exact[start:stop] if self.exact.ndim else self.exact
+
+    def rows(self, start: int, stop: int) -> Array:
+        return round_to(self.exact_rows(start, stop), self.dtype)
+
+
+def exact_rows(value: Value, start: int, stop: int) -> Array:
+    """Rows before their rounding, of what a plan is about to write; of anything else its rows."""
+    exact: Callable[[int, int], Array] = getattr(value, "exact_rows", value.rows)
+    return exact(start, stop)
+
+
+def exact_array(value: Value) -> Array:
+    """The whole content before its rounding, in extended precision."""
+    return widened(exact_rows(value, 0, value.shape[0] if value.shape else 1))
+
+
 def widened(array: Array, dtype: np.dtype[Any] | type = EXTENDED) -> Array:
     """The same numbers in a wider dtype, by way of float64 (ml_dtypes knows no other).
 
     Weights that are no numbers (infinities, a signalling NaN) are judged by whoever asked, not warned about.
     """
     with np.errstate(invalid="ignore"):
+        if array.dtype == EXTENDED:
+            return np.array(array, dtype)
         return np.asarray(array.astype(np.float64).astype(dtype, copy=False))
 
 
