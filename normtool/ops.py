@@ -71,6 +71,9 @@ def f32(number: float) -> float:
 _EPS5 = {"epsilon": f32(1e-5)}
 _EPS12 = {"epsilon": f32(1e-12)}
 
+#: Arguments of every `aten.upsample_*`: overloads differ in how they state the factors.
+_UPSAMPLE = "input:x output_size:sizes scale_factors:scales"
+
 TABLE: tuple[OpRow, ...] = (
     # ---- linear operators that hold weights
     _row(
@@ -118,6 +121,7 @@ TABLE: tuple[OpRow, ...] = (
         "embedding",
         _onnx("Gather", "table indices"),
         *_aten("embedding", "weight:table indices padding_idx: scale_grad_by_freq: sparse:"),
+        *_aten("index_select", "input:table dim:axis index:indices"),
         defaults={"axis": 0},
     ),
     # ---- normalisation, with statistics or without
@@ -287,7 +291,7 @@ TABLE: tuple[OpRow, ...] = (
     _row(
         "cast",
         _onnx("Cast", "x"),
-        *_aten("to", "input:x dtype:to device: non_blocking: copy: memory_format:"),
+        *_aten("to", "input:x dtype:to layout: device: pin_memory: non_blocking: copy: memory_format:"),
         *_aten("_to_copy", "input:x dtype:to layout: device: pin_memory: non_blocking: memory_format:"),
     ),
     _row("cast_like", _onnx("CastLike", "x like")),
@@ -295,22 +299,23 @@ TABLE: tuple[OpRow, ...] = (
         "transpose",
         _onnx("Transpose", "x"),
         *_aten("permute", "input:x dims:perm"),
-        *_aten("transpose", "input:x dim0 dim1"),
-        *_aten("t numpy_T", "input:x"),
+        *_aten("transpose swapdims", "input:x dim0 dim1"),
+        *_aten("swapaxes", "input:x axis0:dim0 axis1:dim1"),
+        *_aten("movedim moveaxis", "input:x source destination"),
+        *_aten("t numpy_T mT mH matrix_H adjoint", "input:x"),
     ),
     _row(
         "reshape",
         _onnx("Reshape", "x shape"),
         *_aten("view _unsafe_view", "input:x size:shape"),
         *_aten("reshape", "input:x shape"),
+        *_aten("flatten", "input:x start_dim: end_dim:"),
+        *_aten("unflatten", "input:x dim: sizes:"),
+        *_aten("view_as reshape_as", "input:x other:"),
+        *_aten("ravel", "input:x"),
         defaults={"allowzero": 0},
     ),
-    _row(
-        "flatten",
-        _onnx("Flatten", "x"),
-        *_aten("flatten", "input:x start_dim end_dim"),
-        defaults={"axis": 1},
-    ),
+    _row("flatten", _onnx("Flatten", "x"), defaults={"axis": 1}),
     _row(
         "squeeze",
         _onnx("Squeeze", "x"),
@@ -325,15 +330,46 @@ TABLE: tuple[OpRow, ...] = (
     ),
     _row("expand", _onnx("Expand", "x shape"), *_aten("expand", "input:x size:shape implicit:")),
     # ---- structure
-    _row("concat", _onnx("Concat", "inputs*"), *_aten("cat concat", "tensors:inputs dim:axis")),
-    _row("split", _onnx("Split", "x"), _onnx("Split", "x split", since=13), outputs="y*"),
-    _row("slice", _onnx("Slice", "x"), _onnx("Slice", "x starts ends axes steps", since=10)),
-    _row("pad", _onnx("Pad", "x"), _onnx("Pad", "x pads value axes", since=11)),
+    _row("concat", _onnx("Concat", "inputs*"), *_aten("cat concat concatenate", "tensors:inputs dim:axis")),
+    _row(
+        "split",
+        _onnx("Split", "x"),
+        _onnx("Split", "x split", since=13),
+        *_aten("split unsafe_split", "input:x split_size:split dim:axis"),
+        *_aten("split_with_sizes unsafe_split_with_sizes", "input:x split_sizes:split dim:axis"),
+        *_aten("chunk unsafe_chunk", "input:x chunks: dim:axis"),
+        outputs="y*",
+        defaults={"axis": 0},
+    ),
+    _row(
+        "slice",
+        _onnx("Slice", "x"),
+        _onnx("Slice", "x starts ends axes steps", since=10),
+        *_aten("slice", "input:x dim:axes start:starts end:ends step:steps"),
+        *_aten("narrow", "input:x dim:axes start:starts length"),
+    ),
+    _row("select", *_aten("select", "input:x dim:axis index")),
+    _row(
+        "pad",
+        _onnx("Pad", "x"),
+        _onnx("Pad", "x pads value axes", since=11),
+        *_aten("pad", "input:x pad:pads mode value"),
+        *_aten("constant_pad_nd", "input:x pad:pads value"),
+        *_aten("reflection_pad1d reflection_pad2d reflection_pad3d", "input:x padding:pads"),
+        *_aten("replication_pad1d replication_pad2d replication_pad3d", "input:x padding:pads"),
+        defaults={"mode": "constant"},
+    ),
     _row(
         "resize",
         _onnx("Upsample", "x scales"),
         _onnx("Resize", "x scales", since=10),
         _onnx("Resize", "x roi scales sizes", since=11),
+        *_aten("upsample_nearest1d _upsample_nearest_exact1d", f"{_UPSAMPLE} scales:scales_w"),
+        *_aten("upsample_nearest2d _upsample_nearest_exact2d", f"{_UPSAMPLE} scales_h scales_w"),
+        *_aten("upsample_nearest3d _upsample_nearest_exact3d", f"{_UPSAMPLE} scales_d scales_h scales_w"),
+        *_aten("upsample_linear1d", f"{_UPSAMPLE} align_corners scales:scales_w"),
+        *_aten("upsample_bilinear2d upsample_bicubic2d", f"{_UPSAMPLE} align_corners scales_h scales_w"),
+        *_aten("upsample_trilinear3d", f"{_UPSAMPLE} align_corners scales_d scales_h scales_w"),
     ),
     _row(
         "average_pool",
@@ -347,24 +383,53 @@ TABLE: tuple[OpRow, ...] = (
             "input:x kernel_size:kernel_shape stride:strides padding:pads ceil_mode count_include_pad "
             "divisor_override",
         ),
-        defaults={"count_include_pad": 0},
+        defaults={"count_include_pad": 0, "ceil_mode": 0, "auto_pad": "NOTSET"},
     ),
-    _row("global_average_pool", _onnx("GlobalAveragePool", "x")),
+    _row(
+        "global_average_pool",
+        _onnx("GlobalAveragePool", "x"),
+        *_aten("adaptive_avg_pool1d", "input:x", output_size=[1]),
+        *_aten("adaptive_avg_pool2d _adaptive_avg_pool2d", "input:x", output_size=[1, 1]),
+        *_aten("adaptive_avg_pool3d _adaptive_avg_pool3d", "input:x", output_size=[1, 1, 1]),
+    ),
+    # behind global_average_pool, which takes the calls that leave one number of each axis
+    _row(
+        "adaptive_average_pool",
+        *_aten(
+            "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+            "_adaptive_avg_pool2d _adaptive_avg_pool3d",
+            "input:x output_size",
+        ),
+    ),
     _row(
         "max_pool",
         _onnx("MaxPool", "x"),
         *_aten(
-            "max_pool1d max_pool2d max_pool3d",
+            "max_pool1d max_pool2d max_pool3d "
+            "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices",
             "input:x kernel_size:kernel_shape stride:strides padding:pads dilation:dilations ceil_mode",
         ),
         outputs="y indices",
+        defaults={"ceil_mode": 0, "auto_pad": "NOTSET"},
     ),
     _row(
         "reduce_mean",
         _onnx("ReduceMean", "x"),
         _onnx("ReduceMean", "x axes", since=18),
         *_aten("mean", "input:x dim:axes keepdim:keepdims dtype:"),
+        defaults={"keepdims": 1, "noop_with_empty_axes": 0},
     ),
+    # ONNX's Attention (opset 23) means something else: it may hold a cache and split the heads itself
+    _row(
+        "attention",
+        *_aten(
+            "scaled_dot_product_attention",
+            "query:q key:k value:v attn_mask:mask dropout_p is_causal scale enable_gqa",
+        ),
+    ),
+    _row("gather_nd", _onnx("GatherND", "x indices")),
+    _row("index", *_aten("index", "input:x indices")),
+    _row("tile", _onnx("Tile", "x repeats"), *_aten("repeat", "input:x repeats")),
     # ---- constants
     _row("constant", _onnx("Constant", "")),
     _row("constant_of_shape", _onnx("ConstantOfShape", "shape")),

@@ -8,7 +8,7 @@ the op unknown: `div` with a rounding mode is no division.
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from normtool.formats.torch.adapt import adapt, base_name, means, op_type, schema_arguments, shape_of
 from normtool.formats.torch.tensors import DTYPES, TorchValue
-from normtool.graph import ModelGraph, Op, Role, Shape, Tensor
+from normtool.graph import ModelGraph, Op, Role, Tensor
 from normtool.norms import NORMS
 from normtool.ops import ATEN, ROWS, UNKNOWN, OpRow, Spelling, aten_spellings, slot_name
 from normtool.values import Dense, is_float
@@ -34,6 +35,9 @@ _MUTATIONS = frozenset(kind for kind in OutputKind if kind.name in ("BUFFER_MUTA
 
 #: Calls that look at no number: they are no readers.
 _METADATA_CHECKS = frozenset(["_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size"])
+
+#: Plain numbers that stay attributes, though ONNX has a slot for them.
+_SETTINGS = frozenset([("pad", "value")])
 
 #: Kinds that are named after the module that owns them, as users know it.
 _NAMED_BY_MODULE = frozenset(
@@ -99,6 +103,8 @@ class _Builder:
         dtype, shape = None, None
         if isinstance(value, torch.Tensor):
             dtype, shape = DTYPES.get(value.dtype), shape_of(value)
+        elif (number := _number_type(value)) is not None:
+            dtype, shape = np.dtype(number), ()
         return self.graph.add_tensor(Tensor(name, self.graph.MAIN, role, dtype, shape))
 
     def _constant(self, name: str, number: float, like: Tensor | None) -> Tensor:
@@ -123,13 +129,13 @@ class _Builder:
     # ---- calls ----------------------------------------------------------------------------
 
     def _call(self, node: fx.Node) -> None:
-        if _op_type(node) in _METADATA_CHECKS or (node.target is operator.getitem and self._is_pick(node)):
+        if op_type(node) in _METADATA_CHECKS or (node.target is operator.getitem and self._is_pick(node)):
             return
         kind, spelling, arguments = self._recognise(node)
         owner, call = self._owner(node)
         if spelling is not None:
             inputs, attributes = self._operands(node, kind, spelling, arguments)
-            _ADAPT.get(kind, _keep)(node, attributes)
+            adapt(kind, node, attributes)
         else:
             known = [each for each in node.all_input_nodes if self._known(each)]
             inputs = {f"in.{i}": self.tensors[each] for i, each in enumerate(known)}
@@ -137,7 +143,7 @@ class _Builder:
         if kind in NORMS and self._is_stored(inputs.get(NORMS[kind].data)):
             kind = UNKNOWN  # weight standardisation: it normalises a weight, not what flows through the model
         name = self._name(node, kind, inputs, owner, call)
-        op = Op(name, kind, self.graph.MAIN, _op_type(node), ATEN, VERSION, attributes, node, owner, call)
+        op = Op(name, kind, self.graph.MAIN, op_type(node), ATEN, VERSION, attributes, node, owner, call)
         results = self._results(node, kind)
         self.graph.add_op(op, inputs, results)
         self._note_views(node, results.values())
@@ -189,7 +195,7 @@ class _Builder:
                         inputs[f"{canonical or name}.{i}"] = self.tensors[each]
             elif not canonical or value is None:
                 continue
-            elif canonical in slots and isinstance(value, int | float):
+            elif canonical in slots and (kind, canonical) not in _SETTINGS and isinstance(value, int | float):
                 inputs[canonical] = self._constant(f"{node.name}.{canonical}", value, like)
             else:
                 attributes[canonical] = list(value) if isinstance(value, list | tuple) else value
@@ -245,7 +251,8 @@ class _Builder:
         """The module's path where the op is what the module is for, else the node's own name behind it."""
         name = f"{owner}.{node.name}" if owner else node.name
         own = any(tensor.name.startswith(f"{owner}.") for tensor in inputs.values())
-        if owner and kind in _NAMED_BY_MODULE and (own or self._is_of_torch(node)):
+        named = kind in _NAMED_BY_MODULE and op_type(node) != "index_select"  # no module is for that alone
+        if owner and named and (own or self._is_of_torch(node)):
             plain = f"{owner}@{call}" if call else owner
             name = name if plain in self.names else plain
         self.names.add(name)
@@ -258,29 +265,6 @@ class _Builder:
         return name.startswith("torch.nn.")
 
 
-def shape_of(tensor: torch.Tensor) -> Shape:
-    """Lengths; an open dimension is its symbol."""
-    return tuple(int(n) if isinstance(n, int) else str(n) for n in tensor.shape)
-
-
-def _op_type(node: fx.Node) -> str:
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target.overloadpacket.__name__)
-    return str(getattr(target, "__name__", target))
-
-
-def _base_name(node: fx.Node) -> str:
-    """`relu_` has the row of `relu`."""
-    name = _op_type(node)
-    return name[:-1] if _is_in_place(node) else name
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    name = _op_type(node)
-    return name.endswith("_") and not name.endswith("__")
-
-
 def spelling_of(node: fx.Node, program: ExportedProgram) -> tuple[Spelling, OpRow, Mapping[str, Any]] | None:
     """The row of a call and its arguments by ATen name; None where one asks for more than any row knows."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != ATEN:
@@ -288,8 +272,9 @@ def spelling_of(node: fx.Node, program: ExportedProgram) -> tuple[Spelling, OpRo
     normal = node.normalized_arguments(program.graph_module, normalize_to_only_use_kwargs=True)
     if normal is None:
         return None
-    for spelling, row in aten_spellings(_base_name(node)):
-        if all(_is_said(spelling, name, value) for name, value in normal.kwargs.items()):
+    for spelling, row in aten_spellings(base_name(node)):
+        said = all(_is_said(spelling, name, value) for name, value in normal.kwargs.items())
+        if said and means(row.kind, node, normal.kwargs):
             return spelling, row, normal.kwargs
     return None
 
@@ -301,14 +286,13 @@ def _is_said(spelling: Spelling, name: str, value: Any) -> bool:
     return name in spelling.arguments or value is None
 
 
-def _schema_arguments(node: fx.Node) -> list[tuple[Any, Any]]:
-    """(argument of the schema, its value) for the arguments that are given."""
-    target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return []
-    declared = target._schema.arguments
-    by_name = [(each, node.kwargs[each.name]) for each in declared if each.name in node.kwargs]
-    return [*zip(declared, node.args, strict=False), *by_name]
+def _number_type(value: Any) -> type | None:
+    """The dtype of a plain number, or of one that is known only when the model runs."""
+    if isinstance(value, bool | torch.SymBool):
+        return np.bool_
+    if isinstance(value, int | torch.SymInt):
+        return np.int64
+    return np.float64 if isinstance(value, float | torch.SymFloat) else None
 
 
 def _nodes_in(value: Any) -> list[fx.Node]:
@@ -318,7 +302,7 @@ def _nodes_in(value: Any) -> list[fx.Node]:
 
 def _written_arguments(node: fx.Node) -> list[fx.Node]:
     """What the schema says is written; of an op without a schema, nothing is known."""
-    given = _schema_arguments(node)
+    given = schema_arguments(node)
     return [
         n for each, value in given if each.alias_info and each.alias_info.is_write for n in _nodes_in(value)
     ]
@@ -326,9 +310,9 @@ def _written_arguments(node: fx.Node) -> list[fx.Node]:
 
 def _aliased(node: fx.Node) -> list[fx.Node]:
     """Inputs whose memory the result may be."""
-    if not isinstance(node.target, torch._ops.OpOverload) or _op_type(node) in _RETURNS_ITS_INPUT:
+    if not isinstance(node.target, torch._ops.OpOverload) or op_type(node) in _RETURNS_ITS_INPUT:
         return node.all_input_nodes
-    return [n for each, value in _schema_arguments(node) if each.alias_info for n in _nodes_in(value)]
+    return [n for each, value in schema_arguments(node) if each.alias_info for n in _nodes_in(value)]
 
 
 def _numbers(node: fx.Node) -> set[str]:
@@ -341,88 +325,3 @@ def _numbers(node: fx.Node) -> set[str]:
 def _tensor_slots(kind: str) -> frozenset[str]:
     """Slots of a kind that hold tensors in ONNX; a plain number there is a constant tensor."""
     return frozenset(slot for spelling in ROWS[kind].spellings for slot in spelling.slots)
-
-
-# ---- ATen's ways of saying what ONNX says otherwise -------------------------------------------
-
-
-def _keep(node: fx.Node, attributes: dict[str, Any]) -> None:
-    pass
-
-
-def _both_sides(node: fx.Node, attributes: dict[str, Any]) -> None:
-    """`padding` is one number per axis, or a word; one number stands for every axis."""
-    padding = attributes.pop("pads", 0)
-    value = node.meta["val"]
-    rank = (value[0] if isinstance(value, tuple) else value).ndim - 2
-    if isinstance(padding, str):
-        attributes["auto_pad"] = {"same": "SAME_UPPER", "valid": "VALID"}[padding]
-    else:
-        attributes["pads"] = _each_axis(padding, rank) * 2
-    for name in ("strides", "dilations", "output_padding", "kernel_shape"):
-        if name in attributes:
-            attributes[name] = _each_axis(attributes[name], rank)
-
-
-def _each_axis(numbers: Any, rank: int) -> list[Any]:
-    listed = list(numbers) if isinstance(numbers, list | tuple) else [numbers]
-    return listed * rank if len(listed) == 1 else listed
-
-
-def _transposed_weight(node: fx.Node, attributes: dict[str, Any]) -> None:
-    """aten.linear holds its weight as (out, in); addmm and mm as (in, out)."""
-    if _base_name(node) == "linear":
-        attributes["transB"] = 1
-
-
-def _trailing_axes(node: fx.Node, attributes: dict[str, Any]) -> None:
-    attributes["axis"] = -len(attributes.pop("normalized_shape"))
-
-
-def _rms_norm(node: fx.Node, attributes: dict[str, Any]) -> None:
-    """An ε that is not given is that of the input's dtype (torch.nn.RMSNorm)."""
-    _trailing_axes(node, attributes)
-    if "epsilon" not in attributes:
-        entry: Any = node.args[0]
-        attributes["epsilon"] = torch.finfo(entry.meta["val"].dtype).eps
-
-
-def _permutation(node: fx.Node, attributes: dict[str, Any]) -> None:
-    rank = node.meta["val"].ndim
-    if "perm" in attributes:
-        attributes["perm"] = [axis % rank for axis in attributes["perm"]]
-        return
-    order = list(range(rank))
-    first, second = attributes.pop("dim0", 0), attributes.pop("dim1", 1)
-    if _base_name(node) == "numpy_T":
-        order.reverse()
-    elif rank > 1:
-        order[first], order[second] = order[second], order[first]
-    attributes["perm"] = order
-
-
-def _listed_axes(node: fx.Node, attributes: dict[str, Any]) -> None:
-    axes = attributes.get("axes")
-    if isinstance(axes, int):
-        attributes["axes"] = [axes]
-
-
-def _numpy_dtype(node: fx.Node, attributes: dict[str, Any]) -> None:
-    to = attributes.pop("to", None)
-    if to in DTYPES:
-        attributes["to"] = DTYPES[to]
-
-
-_ADAPT: Mapping[str, Callable[[fx.Node, dict[str, Any]], None]] = {
-    "conv": _both_sides,
-    "conv_transpose": _both_sides,
-    "average_pool": _both_sides,
-    "max_pool": _both_sides,
-    "linear": _transposed_weight,
-    "layer_norm": _trailing_axes,
-    "rms_norm": _rms_norm,
-    "transpose": _permutation,
-    "squeeze": _listed_axes,
-    "unsqueeze": _listed_axes,
-    "cast": _numpy_dtype,
-}

@@ -44,13 +44,19 @@ ATTRIBUTES = [
     pytest.param(lambda m, x: x.transpose(-1, 1), "transpose", {"perm": [0, 3, 2, 1]}, id="transpose"),
     pytest.param(lambda m, x: x.permute(0, -1, 1, 2), "transpose", {"perm": [0, 3, 1, 2]}, id="permute"),
     pytest.param(lambda m, x: x.unsqueeze(-1), "unsqueeze", {"axes": [-1]}, id="unsqueeze"),
-    pytest.param(lambda m, x: x.mean((2, 3)), "reduce_mean", {"axes": [2, 3], "keepdims": False}, id="mean"),
+    pytest.param(lambda m, x: x.mean((2, 3)), "reduce_mean", {"axes": [2, 3], "keepdims": 0}, id="mean"),
     pytest.param(lambda m, x: F.layer_norm(x, (6, 6)), "layer_norm", {"axis": -2}, id="layer-norm"),
     pytest.param(
         lambda m, x: F.rms_norm(x, (6,)), "rms_norm", {"axis": -1, "epsilon": 2.0**-52}, id="rms-norm"
     ),
     pytest.param(lambda m, x: F.dropout(x, 0.3, False), "dropout", {"training_mode": False}, id="dropout"),
     pytest.param(lambda m, x: x.float(), "cast", {"to": np.dtype(np.float32)}, id="cast"),
+    pytest.param(
+        lambda m, x: x.to(dtype=torch.float32, device="cpu"),
+        "cast",
+        {"to": np.dtype(np.float32)},
+        id="cast-to-device",
+    ),
 ]
 
 
@@ -64,12 +70,11 @@ def test_attributes_say_what_onnx_would(function, kind, attributes):
 UNKNOWNS = {
     "rounded-division": lambda m, x: torch.div(x, 2.0, rounding_mode="floor"),
     "add-with-alpha": lambda m, x: torch.add(x, x, alpha=2),
-    "mean-in-another-dtype": lambda m, x: x.mean(1, dtype=torch.float32),
     "no-row": lambda m, x: torch.cumsum(x, 1),
 }
 
 
-@pytest.mark.parametrize("name", ["rounded-division", "add-with-alpha", "no-row"])
+@pytest.mark.parametrize("name", list(UNKNOWNS))
 def test_argument_that_no_row_knows_makes_the_op_unknown(name):
     _, op = one_op(UNKNOWNS[name], randn(*IMAGE))
     assert op.kind == UNKNOWN
@@ -146,6 +151,19 @@ def test_calls_under_several_names_are_counted_together():
     module.b = module.a
     graph = normtool.load(double(module), (randn(*IMAGE),)).graph
     assert [(op.owner, op.call) for op in graph.ops] == [("a", 0), ("a", 1)]
+
+
+def test_index_select_has_not_the_name_of_its_module():
+    class Picks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.picked, self.scale = nn.Buffer(torch.tensor([2, 0])), nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return F.layer_norm(x.index_select(1, self.picked), (6,), self.scale)
+
+    graph = read(double(nn.Sequential(Picks())), randn(*IMAGE))
+    assert [op.name for op in graph.ops] == ["0.index_select", "0"]
 
 
 def test_names_are_unique():
