@@ -13,7 +13,7 @@ Nothing here imports a framework before it is needed.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normtool.api import Rewrite, apply, convert, fold, load, plan, scan, validate
+    from normtool.api import Restoration, Rewrite, apply, convert, fold, load, plan, scan, unfold, validate
     from normtool.comparison import Comparison
     from normtool.conversion import Conversion
     from normtool.errors import NormtoolError
@@ -25,7 +25,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(
-        ("Rewrite", "apply", "convert", "fold", "load", "plan", "scan", "validate"), "normtool.api"
+        ("Restoration", "Rewrite", "apply", "convert", "fold", "load", "plan", "scan", "unfold", "validate"),
+        "normtool.api",
     ),
     "Conversion": "normtool.conversion",
     "NormtoolError": "normtool.errors",
@@ -42,6 +43,7 @@ __all__ = [
     "NormtoolError",
     "Plan",
     "Reason",
+    "Restoration",
     "Rewrite",
     "Scan",
     "Site",
@@ -51,6 +53,7 @@ __all__ = [
     "load",
     "plan",
     "scan",
+    "unfold",
     "validate",
 ]
 

@@ -1,23 +1,25 @@
 """The library: the same verbs as the command line, on paths and on objects."""
 
+import json
 import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from normtool.comparison import EQUAL, Comparison
-from normtool.errors import UsageError
+from normtool.errors import UnreadableModel, UsageError
+from normtool.key_map import key_map
+from normtool.options import FoldOptions
 from normtool.parameters import Census
-from normtool.planner import Plan, Progress, Site
-from normtool.reasons import FOLDED
+from normtool.planner import AFFINE, Plan, Progress, Site
+from normtool.reasons import FOLDED, LOWERED, RESTORED
+from normtool.results import SCHEMA, ModelResult, verbs_of
 from normtool.scanning import Scan, scan_graph
 
 if TYPE_CHECKING:
@@ -36,8 +38,6 @@ Model = Any
 #: Example inputs. ONNX: name → array. PyTorch: a tensor, a tuple by position, a dict by name; arrays will do.
 Inputs = Any
 
-SCHEMA = "normtool.rewrite/1"
-
 #: `package.module:callable`
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -46,7 +46,7 @@ _TORCH_SUFFIXES = frozenset([".pt", ".pth", ".pt2", ".bin", ".safetensors", ".th
 
 
 @dataclass(frozen=True, eq=False)
-class Rewrite:
+class Rewrite(ModelResult):
     """What `fold` did. `.model` is the rewritten model, `.sites` the verdict of every norm."""
 
     plan: Plan
@@ -56,6 +56,10 @@ class Rewrite:
     after: Census
     validation: Comparison | None = None
     outputs: tuple[dict[str, str], ...] = ()
+    #: what `unfold` needs, where it was asked for
+    undo: dict[str, Any] | None = None
+    #: key of the state dict (or initializer) that the result lacks → the keys of what it held, see `key_map`
+    key_map: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -63,29 +67,17 @@ class Rewrite:
 
     @property
     def folded(self) -> int:
-        return sum(site.verdict == FOLDED for site in self.sites)
+        """How many norms are gone. Constant Mul and Add chains are sites too, and no norms."""
+        norms = [site for site in self.sites if site.norm.kind != AFFINE]
+        return sum(site.verdict in (FOLDED, LOWERED) for site in norms)
 
-    @cached_property
-    def model(self) -> Any:
-        """The rewritten model, of the kind that was given: a ModelProto, the module's own class, a program.
+    @property
+    def changed(self) -> bool:
+        return bool(self.plan.folds)
 
-        A path gives a ModelProto or an ExportedProgram. Raises OutputError for ONNX above protobuf's 2 GB: use
-        `save`.
-        """
-        return _verbs(self.rewritten).to_object(self.rewritten)
-
-    def stage(self, path: Path, force: bool = False) -> AbstractContextManager[Any]:
-        """The model written beside `path`; `commit()` puts it in place, else it goes with the block."""
-        staged: AbstractContextManager[Any] = _verbs(self.rewritten).stage(self.rewritten, path, force)
-        return staged
-
-    def save(self, path: str | Path, force: bool = False) -> None:
-        """Write the model to a file (.onnx, or .pt2), atomically.
-
-        Raises OutputError if the path exists and not `force`.
-        """
-        with self.stage(Path(path), force) as stage:
-            stage.commit()
+    @property
+    def opened(self) -> "OnnxModel | TorchModel":
+        return self.rewritten
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of DESIGN §7."""
@@ -94,14 +86,49 @@ class Rewrite:
             "sites": [site.to_dict() for site in self.sites],
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
+            "key_map": dict(self.key_map),
+            "validation": None if self.validation is None else self.validation.to_dict(),
+            "outputs": list(self.outputs),
+            **({} if self.undo is None else {"undo": self.undo}),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Restoration(ModelResult):
+    """What `unfold` gave back. `.model` is the model as it was before the fold."""
+
+    source: "OnnxModel | TorchModel"
+    restored: "OnnxModel | TorchModel"
+    before: Census
+    after: Census
+    norms: tuple[str, ...]
+    validation: Comparison | None = None
+    outputs: tuple[dict[str, str], ...] = ()
+
+    @property
+    def opened(self) -> "OnnxModel | TorchModel":
+        return self.restored
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of DESIGN §7: every norm that is back is a site with the verdict `restored`."""
+        return {
+            "schema": SCHEMA,
+            "sites": [
+                {
+                    "name": name,
+                    "kind": "batch_norm",
+                    "verdict": RESTORED,
+                    "into": [],
+                    "reasons": [],
+                    "proof": None,
+                }
+                for name in self.norms
+            ],
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
             "validation": None if self.validation is None else self.validation.to_dict(),
             "outputs": list(self.outputs),
         }
-
-    def __str__(self) -> str:
-        from normtool.report.table import to_text
-
-        return to_text(self)
 
 
 # ---- opening ----------------------------------------------------------------------------------
@@ -185,19 +212,6 @@ def _load_torch_file(path: Path, inputs: Inputs) -> "Opened | None":
     return read_checkpoint(path)
 
 
-def _verbs(opened: Opened) -> ModuleType:
-    """The format's own hands: `formats/onnx/verbs.py` or `formats/torch/verbs.py`."""
-    from normtool.formats.onnx.model import OnnxModel
-
-    if isinstance(opened, OnnxModel):
-        from normtool.formats.onnx import verbs as onnx_verbs
-
-        return onnx_verbs
-    from normtool.formats.torch import verbs as torch_verbs
-
-    return torch_verbs
-
-
 def _with_dataflow(opened: Opened) -> "OnnxModel | TorchModel":
     """Raises UsageError for what cannot be rewritten: weights alone, a module without example inputs."""
     if opened.format == "module":
@@ -237,45 +251,102 @@ def scan(model: Model, inputs: Inputs = None) -> Scan:
 def plan(
     model: Model,
     inputs: Inputs = None,
-    freeze: bool = False,
     progress: Progress = lambda done, total: None,
+    **options: Any,
 ) -> Plan:
-    """What `fold` would do, proved site by site; nothing is changed or written."""
+    """What `fold` would do with these `options`, proved site by site; nothing is changed or written."""
     opened = _with_dataflow(load(model, inputs))
-    made: Plan = _verbs(opened).make_plan(opened, freeze, progress)
+    made: Plan = verbs_of(opened).make_plan(opened, FoldOptions(**options), progress)
     return made
 
 
 def apply(model: Model, plan: Plan, inputs: Inputs = None) -> Any:
     """Carry out a plan on (a copy of) the model it was made for. Raises StalePlan for another one."""
     opened = load(model, inputs)
-    verbs = _verbs(opened)
+    verbs = verbs_of(opened)
     return verbs.to_object(verbs.apply(opened, plan))
 
 
 def rewrite(opened: Opened, made: Plan, **options: Any) -> Rewrite:
     """A plan carried out, with the parameters counted before and after."""
     source = _with_dataflow(opened)
-    verbs = _verbs(source)
-    before = verbs.census_of(source)
+    verbs = verbs_of(source)
+    before, keys = verbs.census_of(source), verbs.keys_of(source)
     rewritten = verbs.apply(source, made, **options)
-    return Rewrite(made, source, rewritten, before, verbs.census_of(rewritten))
+    renamed = {} if rewritten.format == "onnx" else rewritten.renamed
+    moved = key_map(source.graph, made, keys, verbs.keys_of(rewritten), rewritten.places, renamed)
+    return Rewrite(made, source, rewritten, before, verbs.census_of(rewritten), key_map=moved)
+
+
+def with_undo(result: Rewrite) -> Rewrite:
+    """The result with a record of what was folded, from which `unfold` puts it back.
+
+    Raises UsageError for what cannot be put back into a module (merged branches, norms of the user's own
+    class).
+    """
+    record = verbs_of(result.source).undo_record(result.source, result.rewritten, result.plan)
+    return replace(result, undo=record)
+
+
+def unfold(
+    model: Model,
+    record: Mapping[str, Any] | str | Path,
+    inputs: Inputs = None,
+    validate: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Restoration:
+    """Put the BatchNorms back that a fold has taken out: their names, and their statistics bit for bit.
+
+    `record` is `Rewrite.undo`, a report that holds it (`normtool fold --undo --report`), or the path of one.
+
+    Raises StalePlan when the weights have changed since the fold, UnreadableModel for a record that is none.
+    """
+    result = make_restoration(_with_dataflow(load(model, inputs)), record)
+    if validate:
+        comparison = compare_models(result.source, result.restored, inputs, device, seed)
+        result = replace(result, validation=comparison)
+    return result
+
+
+def make_restoration(opened: Opened, record: Mapping[str, Any] | str | Path) -> Restoration:
+    """`unfold` without the comparison."""
+    source = _with_dataflow(opened)
+    document: Any = record
+    if isinstance(record, str | Path):
+        document = _read_report(Path(record))
+    document = document.get("undo", document) if isinstance(document, Mapping) else document
+    verbs = verbs_of(source)
+    restored = verbs.undo_fold(source, document)
+    names = tuple(str(norm["name"]) for norm in document["norms"])
+    return Restoration(source, restored, verbs.census_of(source), verbs.census_of(restored), names)
+
+
+def _read_report(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnreadableModel(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise UnreadableModel(f"{path}: is no JSON report") from None
 
 
 def fold(
     model: Model,
     inputs: Inputs = None,
     validate: bool = True,
-    freeze: bool = False,
     inplace: bool = False,
+    undo: bool = False,
     seed: int = 0,
     device: str = "cpu",
+    **options: Any,
 ) -> Rewrite:
     """Fold every BatchNorm that can be folded exactly.
 
-    `freeze` treats ONNX initializers that are also graph inputs as constants. With `validate`, both models are
-    run and compared (`.validation`); where nothing was folded there is nothing to compare. `inplace` puts the
-    result into the ModelProto or nn.Module that was given, unless validation did not find it equal.
+    `options` are the fields of `FoldOptions`: freeze, only, skip, lower, duplicate, border_maps, requantise.
+    With `validate`, both models are run and compared (`.validation`); where nothing was folded there is
+    nothing to compare. `inplace` puts the result into the ModelProto or nn.Module that was given, unless
+    validation did not find it equal.
 
     Raises UnreadableModel, RuntimeRefused (the runtime cannot run the model), BackendUnavailable, UsageError
     (`inplace` on a path or a program; inputs that are missing, or do not fit).
@@ -285,15 +356,18 @@ def fold(
             "inplace needs an onnx.ModelProto or an nn.Module; save(path, force=True) replaces a file"
         )
     opened = _with_dataflow(load(model, inputs))
-    made = plan(opened, freeze=freeze)
+    made = plan(opened, **options)
     result = rewrite(opened, made)
-    if validate and result.folded:
+    if undo:
+        result = with_undo(result)
+    if validate and result.changed:
         result = replace(result, validation=compare_models(opened, result.rewritten, inputs, device, seed))
     if inplace and (result.validation is None or result.validation.verdict == EQUAL):
         if hasattr(model, "CopyFrom"):
             model.CopyFrom(result.model)
         else:
-            result = replace(rewrite(opened, made, inplace=True), validation=result.validation)
+            changed = rewrite(opened, made, inplace=True)
+            result = replace(changed, validation=result.validation, undo=result.undo)
     return result
 
 
@@ -353,10 +427,9 @@ def make_conversion(
     return convert_model(source, target, fold, opset, progress)  # type: ignore[arg-type]
 
 
-def reopen(result: "Rewrite | Conversion", path: Path) -> Opened:
+def reopen(result: ModelResult, path: Path) -> Opened:
     """The model as it was just written to `path`, whatever the file is called."""
-    made = result.rewritten if isinstance(result, Rewrite) else result.made
-    if made.format == "onnx":
+    if result.opened.format == "onnx":
         from normtool.formats.onnx.read import read_path
 
         return read_path(path)

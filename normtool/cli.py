@@ -147,6 +147,19 @@ class Writing:
 
 
 @dataclass(frozen=True)
+class Choosing:
+    """What to fold, and what may be done for it: the fields of `options.FoldOptions`."""
+
+    freeze: bool
+    only: tuple[str, ...]
+    skip: tuple[str, ...]
+    lower: str | None
+    duplicate: bool
+    border_maps: bool
+    requantise: bool
+
+
+@dataclass(frozen=True)
 class Opening:
     """How to open a model that is made by a factory, or does not say what to call it with."""
 
@@ -288,10 +301,36 @@ _writing = _bundled(
 )
 
 
+_choosing = _bundled(
+    "choosing",
+    Choosing,
+    click.option("--only", multiple=True, metavar="PATTERN", help="Fold only norms whose name matches."),
+    click.option("--except", "skip", multiple=True, metavar="PATTERN", help="Leave norms whose name matches."),
+    click.option(
+        "--lower",
+        type=click.Choice(["mul-add", "conv", "relu"]),
+        help="What cannot be folded becomes Mul and Add, a depthwise Conv, or an Add behind a ReLU.",
+    ),
+    click.option("--duplicate", is_flag=True, help="Copy an op whose output others read too (more work)."),
+    click.option(
+        "--border-maps",
+        is_flag=True,
+        help="Let padded Convs take a shift as a constant of their output's size.",
+    ),
+    click.option(
+        "--requantise",
+        is_flag=True,
+        help="Round a shift into a quantised bias; the report states the error.",
+    ),
+    click.option("--freeze", is_flag=True, help="Treat initializers that are also graph inputs as constants."),
+)
+
+
 @cli.command()
 @click.argument("model")
 @click.option("--dry-run", is_flag=True, help="Print the plan, proved, and write nothing.")
-@click.option("--freeze", is_flag=True, help="Treat initializers that are also graph inputs as constants.")
+@click.option("--undo", is_flag=True, help="Put what `unfold` needs into the report (with --report).")
+@_choosing
 @_writing
 @_opening
 @_running
@@ -301,18 +340,21 @@ def fold(
     out: TextIO,
     model: str,
     dry_run: bool,
-    freeze: bool,
+    undo: bool,
+    choosing: Choosing,
     writing: Writing,
     opening: Opening,
     running: Running,
     common: Common,
 ) -> int:
-    """Fold the BatchNorms of MODEL into the ops before them.
+    """Fold the BatchNorms of MODEL into the ops before and behind them.
 
     An ONNX model is written as ONNX, a PyTorch model as an exported program (.pt2).
     """
     from normtool import api
 
+    if undo and common.report is None:
+        raise UsageError("--undo puts its record into the report; name one with --report FILE.json")
     if writing.output is None and not dry_run:
         raise UsageError("fold needs -o OUTPUT, or --dry-run to only see the plan")
     if not dry_run:
@@ -323,18 +365,54 @@ def fold(
         progress.step(f"reading {Path(model).name}")
         opened = opening.load(model, inputs_file=running.inputs_file)
         progress.step("planning and proving")
-        made = api.plan(opened, freeze=freeze, progress=progress.count)
+        made = api.plan(opened, progress=progress.count, **vars(choosing))
         result = api.rewrite(opened, made)
+        result = api.with_undo(result) if undo else result
         verdict = "equal"
         if not dry_run:
-            result, verdict = _write(result, result.folded > 0, writing, options, progress.step)
+            result, verdict = _write(result, result.changed, writing, options, progress.step)
     _show(out, [result], result.to_dict(), common)
     _say_failed_proofs(result.sites)
     if verdict == "equal":
-        if not (result.folded or dry_run or common.quiet):
+        if not (result.changed or dry_run or common.quiet):
             print("normtool: nothing to fold; the output is the model as it was", file=sys.stderr)
         return 0
     return _refuse_output("folded", verdict, writing)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--record", required=True, type=click.Path(path_type=Path), help="The report of `fold --undo`.")
+@_writing
+@_opening
+@_running
+@_common
+@click.pass_obj
+def unfold(
+    out: TextIO,
+    model: str,
+    record: Path,
+    writing: Writing,
+    opening: Opening,
+    running: Running,
+    common: Common,
+) -> int:
+    """Put the BatchNorms back that `fold --undo` has taken out of MODEL, with their statistics bit for bit."""
+    from normtool import api
+
+    if writing.output is None:
+        raise UsageError("unfold needs -o OUTPUT")
+    writing.check()
+    _check_report(common.report, Path(model), record, writing.output)
+    options = writing.options(running, opening)
+    with _progress(common.quiet) as progress:
+        progress.step(f"reading {Path(model).name}")
+        opened = opening.load(model, inputs_file=running.inputs_file)
+        progress.step("putting norms back")
+        result = api.make_restoration(opened, record)
+        result, verdict = _write(result, True, writing, options, progress.step)
+    _show(out, [result], result.to_dict(), common)
+    return 0 if verdict == "equal" else _refuse_output("restored", verdict, writing)
 
 
 @cli.command()

@@ -64,6 +64,11 @@ class Constants:
             return None if isinstance(array, Reason) else array.tolist()
         return ROWS[op.kind].defaults.get(name)
 
+    def is_computed(self, op: Op, name: str) -> bool:
+        """Is there such an operand, and it is no constant? (Its `attribute` is None, as if there were none.)"""
+        tensor = self.graph.input(op, name)
+        return tensor is not None and isinstance(self.value(tensor), Reason)
+
     def _compute(self, tensor: Tensor, depth: int) -> Value | Reason:
         if tensor.value is not None:
             return _written_out(tensor, tensor.value)
@@ -172,6 +177,21 @@ def _elementwise(function: Callable[..., Any], *slots: str) -> Callable[..., Arr
     return compute
 
 
+def _slice(constants: Constants, op: Op, inputs: Inputs) -> Array:
+    """Python's slices are ONNX's, clamping and negative steps included."""
+    stated = {name: constants.attribute(op, name) for name in ("starts", "ends", "axes", "steps")}
+    count = len(stated["starts"])
+    cuts = [slice(None)] * inputs["x"].ndim
+    axes, steps = stated["axes"] or range(count), stated["steps"] or [1] * count
+    for axis, *bounds in zip(axes, stated["starts"], stated["ends"], steps, strict=True):
+        cuts[axis] = slice(*bounds)
+    return inputs["x"][tuple(cuts)]
+
+
+def _gather(constants: Constants, op: Op, inputs: Inputs) -> Array:
+    return np.take(inputs["table"], inputs["indices"], axis=int(constants.attribute(op, "axis") or 0))
+
+
 _COMPUTE: Mapping[str, Callable[[Constants, Op, Inputs], Array]] = {
     "constant_of_shape": _constant_of_shape,
     "shape": _shape,
@@ -186,6 +206,8 @@ _COMPUTE: Mapping[str, Callable[[Constants, Op, Inputs], Array]] = {
     ),
     "expand": _expand,
     "concat": _concat,
+    "slice": _slice,
+    "embedding": _gather,
     "neg": _elementwise(np.negative, "x"),
     "sqrt": _elementwise(np.sqrt, "x"),
     "rsqrt": _elementwise(lambda x: 1 / np.sqrt(x), "x"),

@@ -3,18 +3,14 @@
 import shutil
 import tempfile
 import weakref
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from normtool.comparison import Comparison
 from normtool.detect import find_norms
 from normtool.errors import UsageError
-from normtool.formats.onnx import verbs as onnx_verbs
 from normtool.formats.onnx.model import OnnxModel
-from normtool.formats.torch import verbs as torch_verbs
 from normtool.formats.torch.convert import in_inference_mode, program_of, to_onnx
 from normtool.formats.torch.model import TorchModel, read_exported
 from normtool.formats.torch.norm_changes import NormChange, norm_changes
@@ -23,8 +19,7 @@ from normtool.formats.torch.reconcile import Reconciliation, folded_by_exporter,
 from normtool.parameters import Census
 from normtool.planner import Plan, Progress, Site, plan_fold
 from normtool.reasons import FOLDED, KEPT, Reason
-
-SCHEMA = "normtool.rewrite/1"
+from normtool.results import SCHEMA, ModelResult
 
 TARGETS = ("onnx", "pt2")
 
@@ -38,7 +33,7 @@ class Folder:
 
 
 @dataclass(frozen=True, eq=False)
-class Conversion:
+class Conversion(ModelResult):
     """What `convert` made. `.model` is a ModelProto or an ExportedProgram, `.sites` what became of each norm.
 
     `source` is the model that was converted: the user's own, or a copy of it in inference mode. `norms` are
@@ -61,23 +56,9 @@ class Conversion:
     def folded(self) -> int:
         return sum(site.fold is not None for site in self.sites)
 
-    @cached_property
-    def model(self) -> Any:
-        """Raises OutputError for ONNX above protobuf's 2 GB: use `save`."""
-        if isinstance(self.made, OnnxModel):
-            return onnx_verbs.to_object(self.made)
-        return torch_verbs.to_object(self.made)
-
-    def stage(self, path: Path, force: bool = False) -> AbstractContextManager[Any]:
-        """The result written beside `path`; `commit()` puts it in place, or leaving the block removes it."""
-        if isinstance(self.made, OnnxModel):
-            return onnx_verbs.stage(self.made, path, force)
-        return torch_verbs.stage(self.made, path, force)
-
-    def save(self, path: str | Path, force: bool = False) -> None:
-        """Write the result to a file, atomically. Raises OutputError if the path exists and not `force`."""
-        with self.stage(Path(path), force) as stage:
-            stage.commit()
+    @property
+    def opened(self) -> OnnxModel | TorchModel:
+        return self.made
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of DESIGN §7, and `reconciliation`."""
@@ -93,11 +74,6 @@ class Conversion:
             "validation": None if self.validation is None else self.validation.to_dict(),
             "outputs": list(self.outputs),
         }
-
-    def __str__(self) -> str:
-        from normtool.report.table import to_text
-
-        return to_text(self)
 
 
 def convert_model(

@@ -1,13 +1,14 @@
 """What a plan may do to a model. Rules make edits; only format writers carry them out.
 
-`Insert` (an op that was not there) is the fourth edit of DESIGN §3 and comes with the first rule that needs it.
+Edits are carried out in their order. An op that an earlier edit has replaced, or put in, is an op of the
+`Draft`: it has the `source` of the old one, or the `Insert` itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from normtool.graph import Op
+from normtool.graph import Op, Tensor
 from normtool.values import Value
 
 
@@ -46,4 +47,63 @@ class Replace:
     constants: Mapping[str, Rebind] = field(default_factory=dict)
 
 
-Edit = Rebind | Splice | Replace
+@dataclass(frozen=True, eq=False)
+class Insert:
+    """Put an op behind `tensor`: it reads it at `slot`, and whoever read it reads the op's output instead.
+
+    `constants` fill its other slots; their `op` is the producer of `tensor`, in whose scope they lie.
+    """
+
+    tensor: Tensor
+    behind: Op
+    kind: str
+    slot: str
+    constants: Mapping[str, Rebind]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """Compute what `op` does a second time, for `reader` alone, which reads the copy's output at `slot`."""
+
+    op: Op
+    reader: Op
+    slot: str
+
+
+Edit = Rebind | Splice | Replace | Insert | Copy
+
+
+def consolidated(edits: Iterable[Edit]) -> tuple[Edit, ...]:
+    """The same edits without the constants that a later one replaces or takes out.
+
+    Folds follow each other on one op: a Conv may take in the BatchNorm behind it and the one before it.
+    """
+    kept: list[Edit] = []
+    done: set[tuple[Any, str]] = set()
+    gone: set[Any] = set()
+    #: op → the only slots that outlive its replacement
+    outlive: dict[Any, set[str]] = {}
+    for edit in reversed(list(edits)):
+        match edit:
+            case Rebind(op=op, slot=slot):
+                lost = op.source in outlive and slot not in outlive[op.source]
+                if op.source in gone or lost or (op.source, slot) in done:
+                    continue
+                done.add((op.source, slot))
+            case Splice(op=op):
+                gone.add(op.source)
+            case Replace(op=op, keep=keep):
+                if op.source in gone:
+                    continue
+                later = {new: (op.source, old) for new, old in keep.items() if (op.source, new) in done}
+                done -= {(op.source, slot) for slot in later}
+                done |= set(later.values())
+                outlive[op.source] = set(keep.values())
+            case Insert():
+                if edit in gone:
+                    continue
+            case Copy():
+                pass
+        kept.append(edit)
+    return tuple(reversed(kept))

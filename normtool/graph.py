@@ -174,28 +174,40 @@ class ModelGraph:
 
     # ---- asking ---------------------------------------------------------------------------
 
+    @property
+    def _pred(self) -> dict[Any, dict[Any, Any]]:
+        """networkx's own dictionaries: its views cost as much as all else that planning does."""
+        return self.nodes._pred  # type: ignore[no-any-return]
+
+    @property
+    def _succ(self) -> dict[Any, dict[Any, Any]]:
+        return self.nodes._succ  # type: ignore[no-any-return]
+
     def inputs(self, op: Op) -> dict[str, Tensor]:
         """Slot → tensor, in no particular order; absent optional inputs are absent keys."""
-        return {slot: tensor for tensor, slots in self.nodes.pred[op].items() for slot in slots}
+        return {slot: tensor for tensor, slots in self._pred[op].items() for slot in slots}
 
     def outputs(self, op: Op) -> dict[str, Tensor]:
-        return {slot: tensor for tensor, slots in self.nodes.succ[op].items() for slot in slots}
+        return {slot: tensor for tensor, slots in self._succ[op].items() for slot in slots}
 
     def input(self, op: Op, slot: str) -> Tensor | None:
-        for tensor, slots in self.nodes.pred[op].items():
+        for tensor, slots in self._pred[op].items():
             if slot in slots:
                 return tensor  # type: ignore[no-any-return]
         return None
+
+    def __contains__(self, node: Op | Tensor) -> bool:
+        return node in self._pred
 
     def output(self, op: Op, slot: str = "y") -> Tensor:
         """Raises KeyError when the op does not produce `slot`."""
         return self.outputs(op)[slot]
 
     def producer(self, tensor: Tensor) -> Op | None:
-        return next(iter(self.nodes.pred[tensor]), None)
+        return next(iter(self._pred[tensor]), None)
 
     def readers(self, tensor: Tensor) -> list[Read]:
-        return [Read(op, slot) for op, slots in self.nodes.succ[tensor].items() for slot in slots]
+        return [Read(op, slot) for op, slots in self._succ[tensor].items() for slot in slots]
 
     def rank(self, tensor: Tensor) -> int | None:
         """Number of axes, from the recorded shape or from what an op must produce."""

@@ -1,12 +1,14 @@
 """The plan: one site per norm, each with a verdict, its reasons, and the fold it takes part in.
 
-Planning is backward dataflow. From the last affine op of a chain (BatchNorm, constant Mul, Add, …) the
-composed map walks toward its producer; every tensor on the way must have this one reader, and every op must
-pass or absorb the map. A fold is committed only when the walk ends in an absorber *and* its proof holds.
+A norm's map may go backward, into what made its input, or forward, into what reads its output (`walk`). A fold
+is made only when every path ends well, and stays only when its proof holds. Folds are carried out on a draft
+of the graph one after the other, so that each sees what the last has left.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,16 +16,22 @@ import numpy as np
 from normtool.affine import Affine
 from normtool.constants import Constants
 from normtool.detect import find_norms
-from normtool.edits import Edit, Rebind, Replace, Splice
-from normtool.graph import GRAPH_OUTPUT, ModelGraph, Op, Tensor
-from normtool.norms import Norm
-from normtool.proof import Proof, prove
-from normtool.reasons import FOLDED, KEPT, Reason
-from normtool.rules import backward_rules
+from normtool.draft import Draft
+from normtool.edits import Copy, Edit, Insert, Rebind, Replace, Splice, consolidated
+from normtool.graph import ModelGraph, Op
+from normtool.merging import Merged, Merger
+from normtool.norms import NORMS, Norm
+from normtool.options import FoldOptions
+from normtool.probes import settle_region, tap_shape
+from normtool.proof import Proof, Region, Step, form_of, prove, region_of, steps_of
+from normtool.reasons import FOLDED, KEPT, LOWERED, Reason
+from normtool.rules import all_rules
 from normtool.rules.batch_norm import inference_affine
-from normtool.rules.elementwise import constant_map
-from normtool.travel import Absorb, Pass, Stop
-from normtool.values import EXTENDED, Array, Rounded
+from normtool.rules.elementwise import channel_axis, constant_map
+from normtool.rules.lowering import lowering_edits
+from normtool.travel import Absorb, Merge, Stop
+from normtool.values import EXTENDED, byte_count
+from normtool.walk import Stopped, Surroundings, Walk
 
 #: Below this the operators themselves meant something else (broadcast attributes, training by default).
 OLDEST_OPSET = 7
@@ -31,54 +39,39 @@ OLDEST_OPSET = 7
 #: Ops that are affine maps themselves when one operand is constant.
 ELEMENTWISE = frozenset(["add", "sub", "mul", "div"])
 
-#: Ops an affine map cannot pass backward, told apart from ops that merely lack a rule.
-NONLINEAR = frozenset(
-    [
-        "relu",
-        "leaky_relu",
-        "prelu",
-        "clip",
-        "sigmoid",
-        "tanh",
-        "gelu",
-        "hard_sigmoid",
-        "hard_swish",
-        "silu",
-        "mish",
-        "elu",
-        "softplus",
-        "erf",
-        "softmax",
-        "max_pool",
-        "pow",
-        "sqrt",
-        "layer_norm",
-        "rms_norm",
-        "instance_norm",
-        "group_norm",
-        "local_response_norm",
-        "lp_norm",
-        "mean_variance_norm",
-    ]
-)
+#: Ops that a sum of branches may end with.
+MERGED_AT = frozenset(["add", "sub", "sum", "mul", "batch_norm"])
+
+#: What a fold does unless it is told otherwise.
+DEFAULT = FoldOptions()
+
+#: A map like any other.
+_STAND_IN = Affine(1, np.full(1, 2, EXTENDED), np.ones(1, EXTENDED))
+
+#: Kind of a site that is no norm: a constant Mul, Add, Sub or Div per channel.
+AFFINE = "affine"
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """`path` in dataflow order: the absorber, then the affine ops whose map it takes in."""
+    """One map that leaves its place: the ops that are taken out or changed for it, and by which edits.
+
+    `path` holds the ops in dataflow order; those in `gone` are taken out. `steps` say what the proof has to
+    show.
+    """
 
     path: tuple[Op, ...]
+    gone: tuple[Op, ...]
     edits: tuple[Edit, ...]
-    proof: Proof
-
-    @property
-    def absorber(self) -> Op:
-        return self.path[0]
+    steps: tuple[Step | Region, ...]
+    proof: Proof | None = None
+    #: what a copied op stores a second time
+    added_bytes: int = 0
 
     @property
     def into(self) -> tuple[str, ...]:
-        replaced = [edit.op.name for edit in self.edits if not isinstance(edit, Splice)]
-        return tuple(dict.fromkeys(replaced))
+        changed = [edit.op.name for edit in self.edits if not isinstance(edit, Splice) and hasattr(edit, "op")]
+        return tuple(dict.fromkeys(name for name in changed if name not in {op.name for op in self.gone}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +84,17 @@ class Site:
     fold: Fold | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        site: dict[str, Any] = {
             "name": self.norm.name,
             "kind": self.norm.kind,
             "verdict": self.verdict,
             "into": list(self.fold.into) if self.fold else [],
             "reasons": [reason.to_dict() for reason in self.reasons],
-            "proof": self.fold.proof.to_dict() if self.fold else None,
+            "proof": self.fold.proof.to_dict() if self.fold and self.fold.proof else None,
         }
+        if self.fold is not None and self.fold.added_bytes:
+            site["added"] = {"ops": 1, "bytes": self.fold.added_bytes}
+        return site
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +108,7 @@ class Plan:
 
     @property
     def edits(self) -> tuple[Edit, ...]:
-        return tuple(edit for fold in self.folds for edit in fold.edits)
+        return consolidated(edit for fold in self.folds for edit in fold.edits)
 
     def to_dict(self) -> dict[str, Any]:
         return {"fingerprint": self.fingerprint, "sites": [site.to_dict() for site in self.sites]}
@@ -123,11 +119,17 @@ class Plan:
         return to_text(self)
 
 
-#: Called with (chains done, chains in all) while planning goes on.
+#: Called with (norms done, norms in all) while planning goes on.
 Progress = Callable[[int, int], None]
 
-#: The ops of a fold, absorber first.
+#: One way to fold a norm: a walk to be followed, or the whole fold. Raises Stopped.
+Attempt = Callable[[], "Walk | Fold"]
+
+#: The ops of a fold in dataflow order.
 Path = tuple[Op, ...]
+
+#: The same for every plan of one graph, whose edits make ops of their own: what each stands for, and its kind.
+Key = tuple[tuple[Op, str], ...]
 
 #: Looks at all folds together and objects to those that a format cannot carry out: path → reasons.
 Review = Callable[[Sequence[Fold]], Mapping[Path, tuple[Reason, ...]]]
@@ -136,76 +138,169 @@ Review = Callable[[Sequence[Fold]], Mapping[Path, tuple[Reason, ...]]]
 def plan_fold(
     graph: ModelGraph,
     fingerprint: str = "",
-    freeze: bool = False,
+    options: FoldOptions = DEFAULT,
     progress: Progress = lambda done, total: None,
     review: Review = lambda folds: {},
 ) -> Plan:
     """Decide for every norm of `graph` whether it is folded, and prove each fold.
 
     A model file takes any edit. A PyTorch module does not: its code calls what it calls. `review` says which
-    folds cannot be carried out there; they are taken back, which may cost others their reason to be, so
-    it is asked again until it has nothing against the plan.
+    folds cannot be carried out there. They are taken back, as are those whose proof fails; that may cost others
+    their reason to be, or open another way, so the plan is made again until nothing speaks against it.
     """
-    planner = _Planner(Constants(graph, freeze))
+    with _collecting_rarely():
+        return _plan_until_settled(graph, fingerprint, options, progress, review)
+
+
+@contextmanager
+def _collecting_rarely() -> Iterator[None]:
+    """A plan is many small values that live as long as it does; to look for cycles among them costs a third
+    more."""
+    before = gc.get_threshold()
+    gc.set_threshold(max(before[0], 200_000), *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def _plan_until_settled(
+    graph: ModelGraph, fingerprint: str, options: FoldOptions, progress: Progress, review: Review
+) -> Plan:
+    forbidden: dict[Key, tuple[Reason, ...]] = {}
+    proofs: dict[Any, Proof] = {}
     while True:
-        made = planner.plan(fingerprint, freeze, progress)
-        objections = {path: why for path, why in review(made.folds).items() if path not in planner.forbidden}
-        if not objections:
+        planner = _Planner(graph, options, forbidden)
+        made = planner.plan(fingerprint, progress)
+        against = {path: why for path, why in review(made.folds).items() if planner.key(path) not in forbidden}
+        if not against:
+            made = _proved(made, proofs)
+            against = {
+                fold.path: fold.proof.failures for fold in made.folds if fold.proof and fold.proof.failures
+            }
+        if not against:
             return made
-        planner.forbidden.update(objections)
+        forbidden.update((planner.key(path), why) for path, why in against.items())
 
 
-#: The map that changes nothing.
-_UNIT = Affine(1, np.ones(1, EXTENDED), np.zeros(1, EXTENDED))
-
-
-@dataclass(eq=False)
-class _Walk:
-    """A chain being followed backward. `path` grows toward the absorber."""
-
-    affine: Affine | None
-    path: list[Op] = field(default_factory=list)
-    edits: list[Edit] = field(default_factory=list)
+def _proved(made: Plan, proofs: dict[Any, Proof]) -> Plan:
+    """The plan with a proof of every fold; what was shown before is not shown again."""
+    shown: dict[Fold, Fold] = {}
+    before: dict[Any, tuple[Path, ...]] = {}
+    for fold in made.folds:
+        # the same fold, after the same folds of the same ops, is the same
+        key = (fold.path, tuple(before.get(op, ()) for op in fold.path))
+        if key not in proofs:
+            proofs[key] = prove(fold.steps, fold.edits)
+        shown[fold] = replace(fold, proof=proofs[key])
+        for op in fold.path:
+            before[op] = (*before.get(op, ()), fold.path)
+    sites = tuple(replace(site, fold=shown[site.fold]) if site.fold else site for site in made.sites)
+    return replace(made, sites=sites, folds=tuple(shown.values()))
 
 
 class _Planner:
-    def __init__(self, constants: Constants) -> None:
-        self.constants = constants
-        self.graph = constants.graph
-        self.rules = backward_rules()
+    """One pass over all norms."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        options: FoldOptions,
+        forbidden: Mapping[Key, tuple[Reason, ...]],
+    ) -> None:
+        self.original = graph
+        self.options = options
+        self.forbidden = forbidden
+        self.graph = Draft(graph)
+        self.constants = Constants(self.graph, options.freeze)
+        self.order: dict[Op, float] = {op: float(i) for i, op in enumerate(graph.sorted_ops())}
+        self.around = Surroundings(
+            self.constants,
+            all_rules(),
+            self.order,
+            border_maps=options.border_maps,
+            requantise=options.requantise,
+        )
+        #: norms that did not go, but have become other ops
+        self.lowered: set[Op] = set()
         self.folds: list[Fold] = []
+        #: ops that a BatchNorm went into
+        self.took_in: set[Op] = set()
+        #: op that is gone → the fold that took it
         self.folded: dict[Op, Fold] = {}
-        self.forbidden: dict[Path, tuple[Reason, ...]] = {}
-        #: folds proved so far, and those that failed; planning again proves nothing twice
-        self.proved: dict[Path, Fold | tuple[Reason, ...]] = {}
+        #: op → why the sum of branches that it is part of stays
+        self.unmerged: dict[Op, tuple[Reason, ...]] = {}
 
-    def plan(self, fingerprint: str, freeze: bool, progress: Progress) -> Plan:
-        self.folds, self.folded = [], {}
-        norms = find_norms(self.graph, self.constants)
-        order = {op: i for i, op in enumerate(self.graph.sorted_ops())}
-        sites: dict[Norm, Site] = {}
+    def plan(self, fingerprint: str, progress: Progress) -> Plan:
+        norms = find_norms(self.original, Constants(self.original, self.options.freeze))
+        self.options.check(norm.name for norm in norms)
         # last first: of BatchNorm → BatchNorm the second takes the first along
-        for done, norm in enumerate(sorted(norms, key=lambda n: -order[n.op] if n.op else 0)):
-            sites[norm] = self._site(norm)
-            progress(done + 1, len(norms))
-        return Plan(tuple(sites[norm] for norm in norms), tuple(self.folds), fingerprint, freeze)
+        order = sorted(norms, key=lambda n: -self.order[n.op] if n.op else 0)
+        reasons: dict[Norm, dict[Reason, None]] = {norm: dict.fromkeys(self._obstacles(norm)) for norm in norms}
+        self.around.untouchable.update(
+            norm.op for norm in norms if norm.op and not self.options.chooses(norm.name)
+        )
+        left = [norm for norm in order if not reasons[norm]]
+        done, chains, stage = len(norms) - len(left), [], 0
+        # what goes backward leaves nothing behind; then branches merge, which takes what could only go halfway
+        stages = (self._backward_ways, self._forward_ways, self._shift_ways, self._costly_ways)
+        while stage < len(stages):
+            made = len(self.folds)
+            if stage == 1:
+                self._merge_branches()
+            for norm in left:
+                reasons[norm] = (reasons[norm] if stage else {}) | self._try(norm, stages[stage])
+                progress(done := min(done + 1, len(norms)), len(norms))
+            if stage == 1:
+                chains += self._fold_chains(norms)
+            left = [norm for norm in left if norm.op not in self.folded]
+            # what one fold has taken away may have stood in another's way
+            stage = 0 if stage and len(self.folds) > made else stage + 1
+        sites = [self._site(norm, tuple(reasons[norm])) for norm in norms]
+        return Plan((*sites, *chains), tuple(self.folds), fingerprint, self.options.freeze)
 
-    def _site(self, norm: Norm) -> Site:
-        if norm.op in self.folded:
-            return Site(norm, FOLDED, fold=self.folded[norm.op])
+    # ---- sites ------------------------------------------------------------------------
+
+    def _site(self, norm: Norm, reasons: tuple[Reason, ...]) -> Site:
+        fold = self.folded.get(norm.op) if norm.op is not None else None
+        if fold is None:
+            unmerged = self.unmerged.get(norm.op, ()) if norm.op is not None else ()
+            return Site(norm, KEPT, tuple(dict.fromkeys((*unmerged, *reasons))))
+        if norm.op in self.lowered:
+            return Site(norm, LOWERED, reasons, fold)
+        return Site(norm, FOLDED, fold=fold)
+
+    def _obstacles(self, norm: Norm) -> tuple[Reason, ...]:
+        """Why a norm cannot even be looked at."""
         if norm.op is None or norm.kind != "batch_norm":
-            return Site(norm, KEPT, (self._unfoldable(norm),))
+            return (self._unfoldable(norm),)
         if "y" not in self.graph.outputs(norm.op):
-            return Site(norm, KEPT, (Reason("malformed", "it has no output", norm.name),))
-        reasons: tuple[Reason, ...] = ()
-        for last in self._chain_ends(norm.op):
-            outcome = self._fold(last)
-            if isinstance(outcome, Fold):
-                self.folds.append(outcome)
-                self.folded.update(dict.fromkeys(outcome.path[1:], outcome))
-                return Site(norm, FOLDED, fold=outcome)
-            reasons = outcome
-        return Site(norm, KEPT, reasons)
+            return (Reason("malformed", "it has no output", norm.name),)
+        if not self.options.chooses(norm.name):
+            return (Reason("not_selected", "it is not among the norms that were chosen", norm.name),)
+        if norm.op.domain == "" and norm.op.version < OLDEST_OPSET:
+            message = f"opset {norm.op.version} is older than {OLDEST_OPSET}"
+            return (Reason("unsupported_op", message, norm.name),)
+        return ()
+
+    def _try(self, norm: Norm, ways: Callable[[Op], Iterator[Attempt]]) -> dict[Reason, None]:
+        """Fold one norm the first way that works; else everything that speaks against it."""
+        op = norm.op
+        assert op is not None
+        reasons: dict[Reason, None] = {}
+        if op in self.folded:
+            return reasons
+        for attempt in ways(op):
+            try:
+                made = attempt()
+                if isinstance(made, Walk):
+                    self._fold(made.grow())
+            except Stopped as stopped:
+                reasons |= dict.fromkeys(stopped.reasons)
+                continue
+            if op in self.folded:  # not only the Mul by 1 behind it
+                return {}
+        return reasons
 
     def _unfoldable(self, norm: Norm) -> Reason:
         """Why a norm that is no BatchNorm op cannot even be looked at."""
@@ -220,6 +315,153 @@ class _Planner:
         if norm.calls == 0:
             return Reason("not_called", "the model never calls it", norm.name)
         return Reason("unsupported_op", f"{norm.spelling} is spelled out in primitive ops", norm.name)
+
+    # ---- ways to fold one norm --------------------------------------------------------
+
+    def _backward_ways(self, op: Op) -> Iterator[Attempt]:
+        for last in self._chain_ends(op):
+            yield lambda last=last: self._backward(last)  # type: ignore[misc]
+
+    def _forward_ways(self, op: Op) -> Iterator[Attempt]:
+        yield lambda: self._forward(op)
+
+    def _shift_ways(self, op: Op) -> Iterator[Attempt]:
+        """The scale alone, and an Add stays; unless the one before it has made way for both."""
+        yield from self._backward_ways(op)
+        yield lambda: self._forward(op)
+        yield lambda: self._leaving_shift(op, ahead=False)
+        yield lambda: self._leaving_shift(op, ahead=True)
+
+    def _costly_ways(self, op: Op) -> Iterator[Attempt]:
+        """What the user has to ask for: more work for fewer norms, or other ops in their place."""
+        if self.options.duplicate:
+            yield lambda: self._duplicate(op)
+        if self.options.lower is not None:
+            yield from self._lowerings(op, self.options.lower)
+
+    def _lowerings(self, op: Op, how: str) -> Iterator[Attempt]:
+        if how == "relu":
+            self.around.lower = True
+            for ahead in (False, True):
+                yield lambda ahead=ahead: self._lowered(op, self._leaving_shift(op, ahead).grow())  # type: ignore[misc]
+            return
+        yield lambda: self._lowered(op, self._as_other_ops(op, how))
+
+    def _lowered(self, op: Op, walk: Walk) -> Fold:
+        fold = self._fold(walk)
+        self.lowered.add(op)
+        return fold
+
+    def _as_other_ops(self, op: Op, how: str) -> Walk:
+        walk = Walk(self.around)
+        walk.met[op] = None
+        walk.edits += lowering_edits(self.constants, op, self._own_map(op), how)
+        return walk
+
+    def _duplicate(self, op: Op) -> Fold:
+        """Copy the op in front, which others read too, and let the copy take the norm in."""
+        merge = self._own_map(op)
+        tensor = self.graph.input(op, merge.slot)
+        maker = self.graph.producer(tensor) if tensor is not None else None
+        rule = self.around.rule(maker) if maker is not None else None
+        if tensor is None or maker is None or rule is None or maker.scope != op.scope:
+            raise Stopped()
+        wanted = {"y": merge.inner}
+        if not isinstance(rule.backward(self.constants, maker, wanted), Absorb):
+            raise Stopped()
+        path = (maker, op)
+        if self.key(path) in self.forbidden:
+            raise Stopped(*self.forbidden[self.key(path)])
+        before = region_of(self.graph, self.constants, path)
+        source = next(iter(before[0][0].data.values()))
+        copy = Copy(maker, op, merge.slot)
+        self._carry_out([copy])
+        twin = self.graph.put_in[copy]
+        absorbed = rule.backward(self.constants, twin, wanted)
+        assert isinstance(absorbed, Absorb)
+        edits = (*absorbed.edits, Splice(op, merge.slot))
+        self._carry_out(edits)
+        after = form_of(self.graph, self.constants, twin)
+        region = Region(twin, before, source, after, settle_region(before[0][0], self.graph))
+        weights = [edit.value for edit in absorbed.edits if isinstance(edit, Rebind)]
+        fold = Fold(path, (op,), (copy, *edits), (region,), added_bytes=sum(map(byte_count, weights)))
+        self._note(fold)
+        return fold
+
+    def _backward(self, last: Op) -> Walk:
+        try:
+            merge = self._own_map(last)
+        except Stopped as stopped:
+            raise Stopped(*stopped.reasons, *self._reasons_behind(last)) from None
+        walk = Walk(self.around)
+        walk.start_backward(last, merge)
+        for twin in self._twins(last, merge):
+            walk.start_backward(twin, merge)
+        return walk
+
+    def _reasons_behind(self, op: Op) -> tuple[Reason, ...]:
+        """If a norm is itself no affine map: what would stop one, which its user would meet next."""
+        walk = Walk(self.around)
+        try:
+            if op.kind == "batch_norm":
+                walk.start_backward(op, Merge(_STAND_IN, "x"))
+                walk.grow()
+        except Stopped as stopped:
+            return stopped.reasons
+        return ()
+
+    def _forward(self, op: Op) -> Walk:
+        walk = Walk(self.around)
+        walk.start_forward(op, self._own_map(op))
+        return walk
+
+    def _leaving_shift(self, op: Op, ahead: bool) -> Walk:
+        merge = self._own_map(op)
+        if not merge.inner.has_scale:
+            raise Stopped()  # it is a shift already
+        if ahead and np.any(merge.inner.s == 0):
+            message = "a channel's scale is 0, so its shift cannot go first"
+            raise Stopped(Reason("degenerate_stats", message, op.name))
+        walk = Walk(self.around)
+        walk.leave_shift(op, merge, ahead)
+        return walk
+
+    def _own_map(self, op: Op) -> Merge:
+        """The affine map that an op is. Raises Stopped with what stands against it."""
+        unknown = [name for name, value in op.attributes.items() if value is None]
+        if unknown:
+            message = f"attribute {unknown[0]!r} is set by the caller of its function"
+            raise Stopped(Reason("dynamic_weight", message, op.name))
+        found: Merge | Stop
+        if op.kind == "batch_norm":
+            inner = inference_affine(self.constants, op)
+            found = inner if isinstance(inner, Stop) else Merge(inner, "x")
+        elif op.kind in ELEMENTWISE:
+            axis = channel_axis(self.constants, op)
+            found = constant_map(self.constants, op, 1 if axis is None else axis)
+        else:
+            message = f"{op.spelling} is no affine map that is known here"
+            found = Stop((Reason("unsupported_op", message, op.name),))
+        if isinstance(found, Stop):
+            raise Stopped(*found.reasons)
+        return found
+
+    def _twins(self, op: Op, merge: Merge) -> list[Op]:
+        """Other ops that apply the very same map to the same tensor: they go together."""
+        tensor = self.graph.input(op, merge.slot)
+        twins = []
+        for read in self.graph.readers(tensor) if tensor is not None else ():
+            if read.op is op or read.op.kind != op.kind or read.slot != merge.slot or op.kind not in NORMS:
+                continue
+            if read.op.scope == op.scope and self._same_map(read.op, merge):
+                twins.append(read.op)
+        return twins
+
+    def _same_map(self, op: Op, merge: Merge) -> bool:
+        try:
+            return self._own_map(op).inner.same_as(merge.inner)
+        except Stopped:
+            return False
 
     def _chain_ends(self, op: Op) -> Iterator[Op]:
         """The last of the constant Mul/Add ops that follow, then the norm itself."""
@@ -239,128 +481,96 @@ class _Planner:
         if follower.kind not in ELEMENTWISE or follower.scope != op.scope:
             return None
         answer = constant_map(self.constants, follower, axis=1)
-        return follower if isinstance(answer, Pass) and answer.slot == readers[0].slot else None
+        return follower if isinstance(answer, Merge) and answer.slot == readers[0].slot else None
 
-    def _fold(self, last: Op) -> Fold | tuple[Reason, ...]:
-        """The fold of the chain that ends in `last`, or every reason why there is none."""
+    # ---- what is no norm by itself ----------------------------------------------------
+
+    def _merge_branches(self) -> None:
+        """Sums of convolutions of one tensor become one, from the last op of each sum on."""
+        merger = Merger(self.constants, self._as_affine, lambda op: op in self.took_in)
+        for op in sorted(self.graph.living(), key=self._place, reverse=True):
+            if self.graph.current(op) is not op or op.kind not in MERGED_AT or op in self.around.untouchable:
+                continue
+            merged = merger.merge(op)
+            if merged is not None and not any(each in self.around.untouchable for each in merged.ops):
+                self._commit_merge(merged)
+
+    def _commit_merge(self, merged: Merged) -> None:
+        path = tuple(sorted(merged.ops, key=self._place))
+        if self.key(path) in self.forbidden:
+            self.unmerged.update(dict.fromkeys(path, self.forbidden[self.key(path)]))
+            return
+        before = region_of(self.graph, self.constants, path)
+        source = merged.source
+        self._carry_out(merged.edits)
+        after = form_of(self.graph, self.constants, merged.anchor)
+        region = Region(merged.anchor, before, source, after, tap_shape(after))
+        gone = tuple(op for op in path if self.graph.current(op) is None)
+        self._note(Fold(path, gone, merged.edits, (region,)))
+
+    def _as_affine(self, op: Op) -> Merge | None:
         try:
-            return self._follow(last)
-        except (ArithmeticError, LookupError, TypeError, ValueError, MemoryError) as error:
-            # attributes and operands that contradict each other; what cannot be evaluated is not proved
-            message = f"it cannot be evaluated: {(str(error).splitlines() or [''])[0]}"
-            return (Reason("malformed", message, last.name),)
+            return self._own_map(op) if op.kind == "batch_norm" or op.kind in ELEMENTWISE else None
+        except Stopped:
+            return None
 
-    def _follow(self, last: Op) -> Fold | tuple[Reason, ...]:
-        """Walk backward from `last` to an absorber."""
-        if last.domain == "" and last.version < OLDEST_OPSET:
-            message = f"opset {last.version} is older than {OLDEST_OPSET}"
-            return (Reason("unsupported_op", message, last.name),)
-        walk = _Walk(None)
-        op = last
-        while True:
-            answer = self._meet(op, walk.affine)
-            if isinstance(answer, Stop):
-                return (*answer.reasons, *self._reasons_behind(op, walk))
-            walk.path.append(op)
-            if isinstance(answer, Absorb):
-                return self._commit(walk, answer)
-            walk.affine = walk.affine.after(answer.inner) if walk.affine else answer.inner
-            walk.edits.append(Splice(op, answer.slot))
-            step = self._step_back(op, answer.slot, walk.affine)
-            if isinstance(step, Stop):
-                return step.reasons
-            op = step
+    def _fold_chains(self, norms: Sequence[Norm]) -> list[Site]:
+        """Mul, Add, Sub and Div by one constant per channel: a layer scale, a frozen BatchNorm spelled out."""
+        own = {norm.op for norm in norms}
+        sites = []
+        for op in sorted(self.graph.living(), key=self._place, reverse=True):
+            if op.kind not in ELEMENTWISE or self.graph.current(op) is not op or op in own:
+                continue
+            if channel_axis(self.constants, op) is None:
+                continue
+            try:
+                fold = self._fold(self._backward(op).grow())
+            except Stopped:
+                continue
+            if op not in self.graph.made:  # what a norm has left behind is no site of its own
+                sites.append(Site(_as_norm(op), FOLDED, fold=fold))
+        return sites
 
-    def _meet(self, op: Op, affine: Affine | None) -> Absorb | Pass | Stop:
-        """What `op` does with the map; None at the start of a chain, whose op is its own first map."""
-        unknown = [name for name, value in op.attributes.items() if value is None]
-        if unknown:
-            message = f"attribute {unknown[0]!r} is set by the caller of its function"
-            return Stop((Reason("dynamic_weight", message, op.name),))
-        if affine is None and op.kind == "batch_norm":
-            first = inference_affine(self.constants, op)
-            return first if isinstance(first, Stop) else Pass(first, "x")
-        if affine is None and op.kind in ELEMENTWISE:
-            return constant_map(self.constants, op, axis=1)
-        if affine is None:
-            message = f"{op.spelling} is no affine map that is known here"
-            return Stop((Reason("unsupported_op", message, op.name),))
-        rule = self.rules.get(op.kind)
-        if rule is None:
-            code = "nonlinear" if op.kind in NONLINEAR else "unsupported_op"
-            message = f"{op.spelling} stands in front of it"
-            return Stop((Reason(code, message, op.name),))
-        return rule.meet(self.constants, op, affine)
+    # ---- committing -------------------------------------------------------------------
 
-    def _step_back(self, op: Op, slot: str, affine: Affine) -> Op | Stop:
-        """The producer of what enters `op` at `slot`, if nobody else sees that tensor."""
-        tensor = self.graph.input(op, slot)
-        producer = self.graph.producer(tensor) if tensor is not None else None
-        if tensor is None or producer is None:
-            message = f"{op.name!r} reads a model input or a constant"
-            return Stop((Reason("no_producer", message, op.name),))
-        observers = _observers(self.graph, tensor, op, slot)
-        if not observers:
-            return producer
-        # a user who removes the other reader would meet the producer's reasons next
-        answer = self._meet(producer, affine)
-        return Stop((*observers, *(answer.reasons if isinstance(answer, Stop) else ())))
+    def _fold(self, walk: Walk) -> Fold:
+        """Carry the walk's edits out on the draft. Raises Stopped if this fold was taken back before."""
+        met = sorted(walk.met, key=lambda op: self.order.get(op, 0.0))
+        path = tuple(met)
+        if self.key(path) in self.forbidden:
+            raise Stopped(*self.forbidden[self.key(path)])
+        before = steps_of(self.graph, self.constants, walk.carried, walk.met)
+        gone = tuple(edit.op for edit in walk.edits if isinstance(edit, Splice))
+        self._carry_out(walk.edits)
+        fold = Fold(path, gone, tuple(walk.edits), before.after(self.graph, self.constants, walk.edits))
+        self._note(fold)
+        return fold
 
-    def _reasons_behind(self, op: Op, walk: _Walk) -> tuple[Reason, ...]:
-        """If a norm is itself no affine map: what would stop it one step further on, were it one."""
-        if walk.path or op.kind != "batch_norm":
-            return ()
-        step = self._step_back(op, "x", _UNIT)
-        answer = step if isinstance(step, Stop) else self._meet(step, _UNIT)
-        return answer.reasons if isinstance(answer, Stop) else ()
+    def _carry_out(self, edits: Sequence[Edit]) -> None:
+        for edit in edits:
+            self.graph.carry_out(edit)
+            match edit:
+                case Replace(op=op):
+                    heir = self.graph.current(op)
+                    assert heir is not None
+                    self.order[heir] = self._place(op)
+                case Insert(behind=op) | Copy(op=op):
+                    self.order[self.graph.put_in[edit]] = self._place(op) + 0.5
 
-    def _commit(self, walk: _Walk, answer: Absorb) -> Fold | tuple[Reason, ...]:
-        edits = [*answer.edits, *walk.edits]
-        if answer.leftover is not None:
-            edits = _place_shift(self.constants, walk, edits, answer.leftover)
-        path = tuple(reversed(walk.path))
-        if path in self.forbidden:
-            return self.forbidden[path]
-        if path not in self.proved:
-            proof = prove(self.constants, path, tuple(edits))
-            self.proved[path] = proof.failures or Fold(path, tuple(edits), proof)
-        return self.proved[path]
+    def _note(self, fold: Fold) -> None:
+        self.folds.append(fold)
+        self.folded.update(dict.fromkeys(fold.gone, fold))
+        self.folded.update({edit.op: fold for edit in fold.edits if isinstance(edit, Replace)})
+        if any(op.kind == "batch_norm" for op in fold.gone):
+            self.took_in.update(edit.op for edit in fold.edits if isinstance(edit, Rebind))
+
+    def key(self, path: Path) -> Key:
+        return tuple((self.graph.origin(op), op.kind) for op in path)
+
+    def _place(self, op: Op) -> float:
+        return self.order.get(op, 0.0)
 
 
-def _observers(graph: ModelGraph, tensor: Tensor, op: Op, slot: str) -> list[Reason]:
-    """Everyone but `op` at `slot` who would see the tensor change."""
-    reasons = []
-    producer = graph.producer(tensor)
-    if producer is not None and producer.scope != op.scope:
-        message = f"{tensor.name!r} is captured from outside the body of {op.name!r}"
-        reasons.append(Reason("captured", message, tensor.name))
-    for read in graph.readers(tensor):
-        if read.op is op and read.slot == slot:
-            continue
-        if read.op.kind == GRAPH_OUTPUT or ("." in read.slot and read.op.scope != tensor.scope):
-            code, message = "graph_output", f"{tensor.name!r} is a graph output"
-        elif read.op.scope != tensor.scope:
-            code, message = "captured", f"{tensor.name!r} is captured by {read.op.name!r}"
-        else:
-            code, message = "multiple_readers", f"{tensor.name!r} is also read by {read.op.name!r}"
-        reasons.append(Reason(code, message, tensor.name))
-    return reasons
-
-
-def _place_shift(constants: Constants, walk: _Walk, edits: list[Edit], shift: Array) -> list[Edit]:
-    """Let one op of the chain add the shift that the absorber has no place for.
-
-    An Add that is there anyway gets a new constant; else the last op of the chain becomes one.
-    """
-    absorber = walk.path[-1]
-    weight = next(edit for edit in edits if isinstance(edit, Rebind))
-    rank = constants.graph.rank(constants.graph.output(absorber)) or 2
-    trailing = rank - 1 - (walk.affine.axis if walk.affine else rank - 1)
-    constant = Rounded(shift.reshape(-1, *[1] * trailing), weight.value.dtype)
-    adder = next((op for op in reversed(walk.path[:-1]) if op.kind == "add"), walk.path[0])
-    slot = next(edit.slot for edit in edits if isinstance(edit, Splice) and edit.op is adder)
-    rebind = Rebind(adder, "b" if slot in ("x", "a") else "a", constant, f"{absorber.name}.bias")
-    kept = [edit for edit in edits if not (isinstance(edit, Splice) and edit.op is adder)]
-    if adder.kind == "add":
-        return [*kept, rebind]
-    return [*kept, Replace(adder, "add", {"a": slot}, constants={"b": rebind})]
+def _as_norm(op: Op) -> Norm:
+    """A constant affine op as the report names it."""
+    return Norm(op.name, AFFINE, op.spelling, "pattern", None, None, (), (), op=op)

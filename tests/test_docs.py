@@ -20,6 +20,7 @@ import normtool
 from normtool.explain import explain, norm_pages
 from normtool.norms import NORMS
 from normtool.reasons import EXPLANATIONS
+from normtool.rules import all_rules
 from tests.conftest import ROOT
 from tests.formats.torch.checks import perturbed
 
@@ -139,7 +140,7 @@ def test_the_readme_commands_for_pytorch_run(tmp_path: Path) -> None:
 def test_every_command_of_the_readme_exists() -> None:
     text = (ROOT / "README.md").read_text()
     commands = set(re.findall(r"^\$? ?normtool (\w+)", text, re.MULTILINE))
-    assert commands == {"scan", "fold", "convert", "validate", "explain"}
+    assert commands == {"scan", "fold", "unfold", "convert", "validate", "explain"}
 
 
 # ---- pages ------------------------------------------------------------------------------------
@@ -165,6 +166,13 @@ def test_every_code_is_explained(code: str) -> None:
 def test_the_rules_page_is_the_rules() -> None:
     generator = _load(ROOT / "docs" / "make_rules_page.py")
     assert generator.PAGE.read_text() == generator.page(), "run `make docs`"
+    listed = [kind for line in generator.page().splitlines() for kind in _kinds(line)]
+    assert sorted(listed) == sorted(all_rules())
+
+
+def _kinds(line: str) -> list[str]:
+    """The op kinds that a line of the rules page lists."""
+    return re.findall(r"`(\w+)`", line) if re.fullmatch(r"\*`.*`\*", line) else []
 
 
 @pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md"], ids=lambda p: p.stem)
@@ -179,7 +187,7 @@ def test_the_rule_shown_is_the_rule() -> None:
         r"```python\n(.*?)   ```", (ROOT / "docs" / "adding-a-rule.md").read_text(), re.DOTALL
     )
     shown = textwrap.dedent(block).strip()
-    assert shown in (ROOT / "normtool" / "rules" / "conv.py").read_text()
+    assert shown in (ROOT / "normtool" / "rules" / "pooling.py").read_text()
 
 
 def test_files_named_in_the_architecture_exist() -> None:

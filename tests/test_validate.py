@@ -667,7 +667,7 @@ def test_the_document_has_the_keys_of_the_contract():
 
 def test_a_rewrite_carries_its_validation():
     found = normtool.fold(conv_bn()).to_dict()
-    assert list(found) == ["schema", "sites", "before", "after", "validation", "outputs"]
+    assert list(found) == ["schema", "sites", "before", "after", "key_map", "validation", "outputs"]
     assert found["validation"]["verdict"] == "equal"
     (site,) = found["sites"]
     assert list(site) == ["name", "kind", "verdict", "into", "reasons", "proof"]

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from normtool.api import Rewrite
+from normtool.api import Restoration, Rewrite
 from normtool.comparison import Comparison, Difference
 from normtool.parameters import Census
 from normtool.planner import Plan, Site
-from normtool.reasons import FOLDED, Reason
+from normtool.reasons import FOLDED, RESTORED, Reason
 from normtool.scanning import Scan
 from normtool.training import TrainingMemory
 
@@ -124,16 +124,17 @@ def _reasons(reasons: tuple[Reason, ...]) -> str:
 
 def _proofs(sites: tuple[Site, ...]) -> list[Section]:
     """The evidence of all folds together; one proof may cover several norms of a chain."""
-    proofs = {id(site.fold): site.fold.proof for site in sites if site.fold}.values()
+    found = {id(site.fold): site.fold.proof for site in sites if site.fold}.values()
+    proofs = [proof for proof in found if proof is not None]
     if not proofs:
         return []
     rows = (
         (
-            "stored coefficients, each against its exact value",
+            "stored coefficients, each against its value before rounding",
             f"{sum(p.coefficients for p in proofs):,} checked",
         ),
         ("… farthest from it", f"{max(p.worst_ulp for p in proofs):.3g} ulp"),
-        ("… regions in float64, largest relative difference", f"{max(p.region_error for p in proofs):.1e}"),
+        ("equations in float64, largest relative difference", f"{max(p.region_error for p in proofs):.1e}"),
     )
     return [Section("Proof at the sites", ("check", "result"), rows)]
 
@@ -153,6 +154,23 @@ def _rewrite(rewrite: Rewrite, verbose: bool) -> list[Section]:
     if rewrite.validation is not None:
         found += _comparison(rewrite.validation, verbose)
     return [*found, *_written(rewrite.outputs)]
+
+
+def _restoration(restoration: Restoration, verbose: bool) -> list[Section]:
+    before, after = restoration.before, restoration.after
+    rows = tuple(
+        (role, _count(old), _count(new), f"{new - old:+,}")
+        for role, old, new in (
+            ("learnable", before.learnable, after.learnable),
+            ("buffers", before.buffers, after.buffers),
+        )
+    )
+    names = tuple((name, RESTORED) for name in restoration.norms)
+    found = [Section("Sites", ("name", "verdict"), names)]
+    found.append(Section("Parameters", ("role", "before", "after", "change"), rows, _COUNTS))
+    if restoration.validation is not None:
+        found += _comparison(restoration.validation, verbose)
+    return [*found, *_written(restoration.outputs)]
 
 
 def _conversion(conversion: "Conversion", verbose: bool) -> list[Section]:
@@ -237,6 +255,7 @@ _SECTIONS: dict[type, Callable[[Any, bool], list[Section]]] = {
     Scan: _scan,
     Plan: _plan,
     Rewrite: _rewrite,
+    Restoration: _restoration,
     Comparison: _comparison,
     TrainingMemory: _memory,
 }

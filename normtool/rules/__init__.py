@@ -4,19 +4,17 @@ import importlib
 import pkgutil
 from functools import cache
 
-from normtool.travel import BackwardRule
+from normtool.travel import Rule
 
 
 @cache
-def backward_rules() -> dict[str, BackwardRule]:
+def all_rules() -> dict[str, Rule]:
     """Op kind → the rule that answers for it. Raises TypeError when two rules claim one kind."""
-    found: dict[str, BackwardRule] = {}
+    found: dict[str, Rule] = {}
     for module in pkgutil.iter_modules(__path__):
         contents = vars(importlib.import_module(f"{__name__}.{module.name}"))
         for rule in contents.values():
-            if not (isinstance(rule, type) and issubclass(rule, BackwardRule)):
-                continue
-            if rule is BackwardRule:
+            if not (isinstance(rule, type) and issubclass(rule, Rule)):
                 continue
             for kind in rule.kinds:
                 if kind in found:

@@ -2,28 +2,73 @@
 
     s₂·(s₁·x + t₁) + t₂ = (s₂s₁)·x + (s₂t₁ + t₂)        s₁ = γ/√(σ² + ε), t₁ = β − μ·s₁
 
-It is an affine map itself: met by another one, the two compose. Exact when it runs with its stored statistics
-(no training mode, no statistics per element) and s₁, t₁ are finite.
+It is an affine map itself: met by another one, the two merge and it goes. Where that leads nowhere it takes the
+other one in and stays:
+
+    from behind: γ' = s·γ, β' = s·β + t        from ahead: γ' = s·γ, β' = β + (γ/√(σ² + ε))·(s·μ + t − μ)
+
+Exact when it runs with its stored statistics (no training mode, no statistics per element) and s₁, t₁ are
+finite.
 """
+
+import numpy as np
 
 from normtool.affine import Affine, batch_norm
 from normtool.constants import Constants
+from normtool.edits import Rebind
 from normtool.graph import Op
 from normtool.reasons import Reason
-from normtool.travel import Answer, BackwardRule, Operands, Pass, Stop, mismatch
-from normtool.values import EXTENDED, Array
+from normtool.rules._weights import entering, on_axis
+from normtool.travel import Absorb, Answer, Answers, Maps, Merge, Operands, Rule, Stop, only
+from normtool.values import EXTENDED, Array, Rounded
 
 
-class BatchNorm(BackwardRule):
+class BatchNorm(Rule):
     kinds = ("batch_norm",)
 
-    def meet(self, constants: Constants, op: Op, affine: Affine) -> Answer:
+    def backward(self, constants: Constants, op: Op, wanted: Maps) -> Answers:
         inner = inference_affine(constants, op)
         if isinstance(inner, Stop):
             return inner
-        if affine.axis != inner.axis:
-            return mismatch(op, f"{op.name!r} scales axis 1, not axis {affine.axis}")
-        return Pass(inner, "x")
+        gamma, beta, _, _ = _parameters(constants, op)
+        if refusal := on_axis(op, only(wanted), 1, gamma.size, "scales"):
+            return refusal
+        map_ = only(wanted).spread(gamma.size)
+        return Merge(inner, "x"), _rebound(constants, op, map_.s * gamma, map_.s * beta + map_.t)
+
+    def forward(self, constants: Constants, op: Op, carried: Maps) -> Answers:
+        map_, inner = entering(op, carried, "x"), inference_affine(constants, op)
+        if isinstance(map_, Stop):
+            return map_
+        if isinstance(inner, Stop):
+            return inner
+        gamma, beta, mean, _ = _parameters(constants, op)
+        if refusal := on_axis(op, map_, 1, gamma.size, "scales"):
+            return refusal
+        map_ = map_.spread(gamma.size)
+        shifted = beta + inner.s * (map_.s * mean + map_.t - mean)
+        return Merge(inner, "x"), _rebound(constants, op, map_.s * gamma, shifted)
+
+
+def _rebound(constants: Constants, op: Op, gamma: Array, beta: Array) -> Answer:
+    known = {slot: constants.graph.input(op, slot) for slot in ("weight", "bias", "var")}
+    stored = next((t.dtype for t in known.values() if t is not None and t.dtype is not None), None)
+    dtype = stored or np.dtype(np.float32)
+    return Absorb(
+        (
+            Rebind(op, "weight", Rounded(gamma, dtype), f"{op.name}.weight"),
+            Rebind(op, "bias", Rounded(beta, dtype), f"{op.name}.bias"),
+        )
+    )
+
+
+def _parameters(constants: Constants, op: Op) -> tuple[Array, Array, Array, Array]:
+    """γ, β, μ, σ² of a BatchNorm whose `inference_affine` exists, each (C,)."""
+    operands = Operands(constants, op)
+    gamma, beta, mean, var = (operands.wide(slot) for slot in ("weight", "bias", "mean", "var"))
+    assert mean is not None
+    assert var is not None
+    return _given(gamma, mean, 1), _given(beta, mean, 0), mean, var
 
 
 def inference_affine(constants: Constants, op: Op) -> Affine | Stop:

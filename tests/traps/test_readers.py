@@ -4,8 +4,20 @@ import numpy as np
 import onnx
 import pytest
 
+from normtool import planner
+from normtool.proof import Proof
+from normtool.reasons import Reason
 from tests import zoo
-from tests.traps.common import assert_folded, assert_kept, assert_same_function, codes, content, fold, verdicts
+from tests.traps.common import (
+    affine,
+    assert_folded,
+    assert_kept,
+    assert_same_function,
+    codes,
+    content,
+    fold,
+    verdicts,
+)
 from tests.zoo import Net
 
 # ---- 6 and 7: who else reads -----------------------------------------------------------------------------
@@ -50,7 +62,21 @@ def test_trap_06_a_conv_output_that_somebody_else_reads_stays(reader):
     y = net.conv(net.input([2, 3, 6, 6]), 3, 4, 3, 3)
     net.output(net.batch_norm(y, 4), [2, 4, 4, 4])
     code = reader(net, y)
-    assert_kept(net.model(), code)
+    assert_kept(net.model(), code, "graph_output")
+
+
+def test_trap_06_two_norms_that_do_the_same_to_one_tensor_go_together():
+    """All its readers want it in the same form; one norm with other statistics beside them does not."""
+    net = Net()
+    y, statistics = net.conv(net.input([2, 3, 6, 6]), 3, 4, 3, 3), net.statistics(4)
+    for _ in range(2):
+        net.output(net.batch_norm(y, 4, statistics=statistics), [2, 4, 4, 4])
+    model = net.model()
+    result = fold(model)
+    assert verdicts(result) == ["folded", "folded"]
+    assert_same_function(model, result.model)
+    net.output(net.batch_norm(y, 4), [2, 4, 4, 4])
+    assert_kept(net.model(), "multiple_readers", "graph_output")
 
 
 def test_trap_06_a_captured_output_names_each_body():
@@ -58,7 +84,7 @@ def test_trap_06_a_captured_output_names_each_body():
     y = net.conv(net.input([2, 3, 6, 6]), 3, 4, 3, 3)
     net.output(net.batch_norm(y, 4), [2, 4, 4, 4])
     read_by_a_body(net, y)
-    assert codes(fold(net.model())) == ["captured", "captured"]
+    assert codes(fold(net.model())) == ["captured", "captured", "graph_output"]
 
 
 def two_convs(second: str) -> onnx.ModelProto:
@@ -130,6 +156,17 @@ def test_trap_07_statistics_stay_while_a_kept_norm_reads_them():
     assert_same_function(model, result.model)
 
 
+def test_trap_07_a_norm_that_does_nothing_between_the_caller_and_the_caller():
+    """Both names have to stay, so an Identity takes its place."""
+    net = Net()
+    statistics = [net.constant(np.full(4, value, np.float32)) for value in (1, 0, 0, 1)]
+    net.output(net.batch_norm(net.input([2, 4, 6, 6]), 4, statistics=statistics, epsilon=0.0), [2, 4, 6, 6])
+    result = fold(net.model())
+    assert verdicts(result) == ["folded"]
+    assert zoo.op_types(result.model) == ["Identity"]
+    assert np.array_equal(*zoo.run(net.model()), *zoo.run(result.model))
+
+
 # ---- 14: pairing by dataflow ------------------------------------------------------------------------------
 
 
@@ -138,16 +175,67 @@ def test_trap_07_statistics_stay_while_a_kept_norm_reads_them():
     [
         *((op_type, "nonlinear") for op_type in ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "HardSwish", "Erf")),
         ("Softplus", "nonlinear"),
-        ("Dropout", "unsupported_op"),
-        ("Identity", "unsupported_op"),
-        ("GlobalAveragePool", "unsupported_op"),
+        ("Softmax", "nonlinear"),
+        ("GlobalMaxPool", "unsupported_op"),
     ],
 )
 def test_trap_14_an_op_between_conv_and_norm_stops_the_fold(op_type, code):
     net = Net()
     y = net.node(op_type, net.conv(net.input([2, 3, 6, 6]), 3, 4, 3, 3))
     net.output(net.batch_norm(y, 4), [2, 4, None, None])
-    assert_kept(net.model(), code)
+    assert_kept(net.model(), code, "graph_output")
+
+
+@pytest.mark.parametrize(
+    ("op_type", "attributes"),
+    [
+        pytest.param("Dropout", {}, id="dropout"),
+        pytest.param("Identity", {}, id="identity"),
+        pytest.param("GlobalAveragePool", {}, id="global-average"),
+        pytest.param("AveragePool", {"kernel_shape": [2, 2]}, id="average"),
+        pytest.param("AveragePool", {"kernel_shape": [2, 2], "pads": [1] * 4}, id="average-of-what-is-there"),
+    ],
+)
+def test_trap_14_an_op_that_commutes_with_the_norm_lets_it_pass(op_type, attributes):
+    """The weights of each average sum to 1: Σ wᵢ·(s·xᵢ + t) = s·Σ wᵢxᵢ + t."""
+    net = Net()
+    y = net.node(op_type, net.conv(net.input([2, 3, 6, 6]), 3, 4, 3, 3), **attributes)
+    net.output(net.batch_norm(y, 4), [2, 4, None, None])
+    assert zoo.op_types(assert_folded(net.model())) == ["Conv", op_type]
+
+
+def test_trap_14_an_average_that_counts_its_padding_passes_no_shift():
+    """At the border its weights sum to less than 1: the scale goes, and one Add stays behind it."""
+    net = Net()
+    y = net.conv(net.input([2, 3, 6, 6]), 3, 4, 3, 3)
+    y = net.node("AveragePool", y, kernel_shape=[2, 2], pads=[1] * 4, count_include_pad=1)
+    net.output(net.batch_norm(y, 4), [2, 4, 5, 5])
+    model = net.model()
+    assert zoo.op_types(assert_folded(model)) == ["Conv", "AveragePool", "Add"]
+    s, t = affine(model)
+    right, conv = zoo.run(model)[0], zoo.run(without_the_norm(model))[0]
+    shifted = s.reshape(-1, 1, 1) * conv + t.reshape(-1, 1, 1)
+    border = np.ones((5, 5), bool)
+    border[1:-1, 1:-1] = False
+    counts = np.where(border, 0.5, 1)
+    counts[0, 0] = counts[0, -1] = counts[-1, 0] = counts[-1, -1] = 0.25
+    wrong = shifted + (counts - 1) * t.reshape(-1, 1, 1)
+    assert np.abs(right - shifted).max() < 1e-5 * np.abs(right).max()
+    assert np.abs(right - wrong).max() > 0.1 * np.abs(right).max()
+
+
+@pytest.mark.parametrize(
+    "gamma", [[1, 2, 3, 4], [1, 2, -3, 4], [1, 2, 0, 4]], ids=["positive", "mixed", "zero"]
+)
+def test_trap_14_the_largest_stays_the_largest_under_positive_scales_alone(gamma):
+    net = Net()
+    y = net.node("MaxPool", net.conv(net.input([2, 3, 6, 6]), 3, 4, 3, 3), kernel_shape=[2, 2], pads=[1] * 4)
+    statistics = [net.constant(np.float32(gamma)), *net.statistics(4)[1:]]
+    net.output(net.batch_norm(y, 4, statistics=statistics), [2, 4, 5, 5])
+    if min(gamma) < 0:
+        assert_kept(net.model(), "negative_scale", "graph_output")
+    else:
+        assert zoo.op_types(assert_folded(net.model())) == ["Conv", "MaxPool"]
 
 
 def test_trap_14_neighbours_by_name_are_not_neighbours_by_dataflow():
@@ -166,11 +254,20 @@ def test_trap_14_neighbours_by_name_are_not_neighbours_by_dataflow():
     assert_same_function(model, result.model)
 
 
+def without_the_norm(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model up to what enters its BatchNormalization, which ends it."""
+    shorter = onnx.ModelProto()
+    shorter.CopyFrom(model)
+    norm = shorter.graph.node.pop()
+    shorter.graph.output[0].name = norm.input[0]
+    return shorter
+
+
 # ---- 15: twice is once ----------------------------------------------------------------------------------
 
 
 def several_verdicts() -> onnx.ModelProto:
-    """Folded, kept, half of a chain: one of each."""
+    """Folded, kept, half of a chain: one of each. (A padded conv and a residual read the one that is kept.)"""
     net = Net()
     x = net.input([2, 4, 6, 6])
     y = net.batch_norm(net.node("Relu", net.batch_norm(net.conv(x, 4, 4, 3, 3), 4)), 4)
@@ -182,13 +279,72 @@ def several_verdicts() -> onnx.ModelProto:
     return net.model()
 
 
-@pytest.mark.parametrize("build", [zoo.conv_bn, several_verdicts, lambda: two_convs("norm")])
+def norms_that_nobody_reads() -> onnx.ModelProto:
+    """While they are there, they are readers of the conv beside the norm that counts."""
+    net = Net()
+    y = net.conv(net.input([2, 4, 6, 6]), 4, 4, 3, 3)
+    z = net.batch_norm(y, 4)
+    net.batch_norm(net.batch_norm(z, 4), 4)
+    net.batch_norm(y, 4)
+    net.output(net.node("Relu", z), [2, 4, 4, 4])
+    return net.model()
+
+
+def an_add_that_could_go_back() -> onnx.ModelProto:
+    """In front of a padded conv an Add stays; the conv before the sum takes it in, and could not take the norm."""
+    net = Net()
+    x = net.node("Relu", net.input([2, 4, 6, 6]))
+    y = net.node("Add", x, net.conv(net.node("GlobalAveragePool", x), 4, 4, 1, 1))
+    net.output(net.conv(net.batch_norm(y, 4), 4, 4, 3, 3, pads=[1] * 4), [2, 4, 6, 6])
+    return net.model()
+
+
+def a_split_that_is_half_used() -> onnx.ModelProto:
+    net = Net()
+    y = net.batch_norm(net.node("Relu", net.input([2, 4, 6, 6])), 4)
+    halves = net.node("Split", y, net.constant(np.array([3, 3])), axis=2, outputs=2)
+    net.output(net.batch_norm(halves[0], 4), [2, 4, 3, 6])
+    return net.model()
+
+
+BUILDS = [
+    zoo.conv_bn,
+    several_verdicts,
+    lambda: two_convs("norm"),
+    norms_that_nobody_reads,
+    an_add_that_could_go_back,
+    a_split_that_is_half_used,
+]
+
+
+@pytest.mark.parametrize("build", BUILDS)
 def test_trap_15_folding_twice_is_folding_once(build):
     model = build()
     once = fold(model).model
     twice = fold(once).model
+    left = {several_verdicts: 1, a_split_that_is_half_used: 1}
+    assert zoo.op_types(once).count("BatchNormalization") == left.get(build, 0)
+    assert not {"internal", "malformed"} & set(codes(fold(model)))
     assert content(twice) == content(once) != content(model)
     assert_same_function(model, once)
+
+
+def test_trap_15_what_stays_behind_of_a_norm_is_folded_at_once_too():
+    once = fold(an_add_that_could_go_back())
+    assert [site.norm.kind for site in once.sites] == ["batch_norm"]
+    assert zoo.op_types(once.model) == ["Relu", "GlobalAveragePool", "Conv", "Add", "Conv"]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_trap_15_a_proof_that_never_holds_leaves_everything_as_it_is(build, monkeypatch):
+    """Each refused fold opens another way; they come to an end."""
+    failed = Proof(0, 0.0, 1.0, (Reason("internal", "it is made to fail"),))
+    monkeypatch.setattr(planner, "prove", lambda *arguments: failed)
+    model = build()
+    result = fold(model)
+    assert set(verdicts(result)) == {"kept"}
+    assert "internal" in codes(result)
+    assert content(result.model) == content(model)
 
 
 def test_trap_15_a_file_and_an_object_fold_alike(tmp_path):
@@ -220,4 +376,4 @@ def test_trap_15_an_activation_that_was_fused_stays_a_border():
     y = net.batch_norm(net.conv(net.input([2, 3, 6, 6]), 3, 4, 3, 3), 4)
     net.output(net.batch_norm(net.node("Relu", y), 4), [2, 4, 4, 4])
     result = fold(fold(net.model()).model)
-    assert (verdicts(result), codes(result)) == (["kept"], ["nonlinear"])
+    assert (verdicts(result), codes(result)) == (["kept"], ["nonlinear", "graph_output"])

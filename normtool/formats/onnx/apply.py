@@ -4,14 +4,14 @@ New weights stay what they are in the plan, values to be computed; the proto ref
 (`wire.PENDING`). So applying a plan costs the same at any model size.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import onnx
 from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from normtool.edits import Edit, Rebind, Replace, Splice
+from normtool.edits import Copy, Edit, Insert, Rebind, Replace, Splice
 from normtool.errors import NormtoolError, StalePlan
 from normtool.formats.onnx.model import OnnxModel
 from normtool.formats.onnx.read import all_containers, read_skeleton, walk_nodes
@@ -22,6 +22,9 @@ from normtool.planner import Plan
 from normtool.values import Value, byte_count, to_array
 
 Container = GraphProto | FunctionProto
+
+#: (id of a graph or function, name): siblings may use one name twice.
+Key = tuple[int, str]
 
 #: New tensors up to this many bytes are put into the proto at once.
 INLINE_BYTES = 1 << 16
@@ -39,8 +42,11 @@ def apply_plan(model: OnnxModel, plan: Plan) -> OnnxModel:
         rewriter.freeze()
     for edit in plan.edits:
         rewriter.carry_out(edit)
+    places = rewriter.places(plan.edits)
     rewriter.remove_dead()
-    return rewriter.result()
+    result = rewriter.result()
+    result.places = places
+    return result
 
 
 def variant(
@@ -79,17 +85,30 @@ class _Rewriter:
         placed = list(walk_nodes(self.proto))
         self.nodes = [node for _, node in placed]
         self.containers: list[Container] = [container for container, _ in placed]
+        #: id of a body → the body, and the id of what its node lies in
+        self.around = dict(_bodies(placed))
+        bodies = [body for body, _ in self.around.values()]
+        #: every graph and function; held here, so that each has one id as long as this lives
+        self.all: list[Container] = _distinct([self.main, *bodies, *self.proto.functions])
+        #: what an edit has put in → its number among the nodes
+        self.inserted: dict[Insert | Copy, int] = {}
         self.names = _all_names(self.proto)
         self.pending: dict[str, Value] = {}
-        self.displaced: set[str] = set()
-        self.vanished: set[str] = set()
-        self.removed: set[int] = set()
         # sibling bodies may use one name twice, so a name means something only within its container
+        self.displaced: set[Key] = set()
+        self.vanished: set[Key] = set()
+        self.removed: set[int] = set()
         self.producer = {
             (id(container), name): number
             for number, (container, node) in enumerate(placed)
             for name in node.output
         }
+        self.reads: defaultdict[tuple[int, str], set[int]] = defaultdict(set)
+        for number, (container, node) in enumerate(placed):
+            for name in node.input:
+                self.reads[id(container), name].add(number)
+        #: names that mean something beyond the nodes of their own graph: its outputs, and what bodies capture
+        self.exposed = self._exposed()
         self.stored = _stored(self.main, placed)
         self.container_of = {op.scope: self.containers[op.source] for op in model.graph.ops}
         self.container_of[Scope()] = self.main
@@ -102,6 +121,21 @@ class _Rewriter:
             raise NormtoolError(f"the rewritten model fails the ONNX checker: {rewritten.checker_message}")
         return rewritten
 
+    def places(self, edits: Iterable[Edit]) -> dict[tuple[Any, str], str]:
+        """(number of the op, or the edit that made it, slot) → the constant that the edits have put there."""
+        found: dict[tuple[Any, str], str] = {}
+        for edit in edits:
+            match edit:
+                case Rebind(op=op, slot=slot):
+                    found[op.source, slot] = self.nodes[self._number(op)].input[_position(op, slot)]
+                case Replace(op=op, kind=kind):
+                    slots, inputs = _slots_of(kind, op), self.nodes[self._number(op)].input
+                    found |= {(op.source, slot): inputs[slots.index(slot)] for slot in edit.constants}
+                case Insert(kind=kind):
+                    slots, inputs = ROWS[kind].spellings[0].slots, self.nodes[self.inserted[edit]].input
+                    found |= {(edit, slot): inputs[slots.index(slot)] for slot in edit.constants}
+        return found
+
     # ---- edits ----------------------------------------------------------------------------
 
     def carry_out(self, edit: Edit) -> None:
@@ -112,54 +146,152 @@ class _Rewriter:
                 self.splice(edit)
             case Replace():
                 self.replace(edit)
+            case Insert():
+                self.insert(edit)
+            case Copy():
+                self.copy(edit)
+
+    def _number(self, op: Op) -> int:
+        """The node an op stands for."""
+        if isinstance(op.source, Insert | Copy):
+            return self.inserted[op.source]
+        number: int = op.source
+        return number
 
     def rebind(self, edit: Rebind) -> None:
-        node = self.nodes[edit.op.source]
-        position = _slots_of(edit.op.kind, edit.op).index(edit.slot)
+        number = self._number(edit.op)
+        node = self.nodes[number]
+        position = _position(edit.op, edit.slot)
         old = node.input[position] if position < len(node.input) else ""
         if old and self._owned_by(edit.op, edit.slot, old):
-            container = self.containers[edit.op.source]
+            container = self.containers[number]
             stored = self.stored[id(container), old]
             if tuple(stored.dims) != edit.value.shape:  # rare, and it looks through every value info
                 self._restate(container, old, edit.value)
             self.store(stored, old, edit.value)
             return
         self._connect(edit.op, node, position, edit)
-        self.displaced.add(old)
+        self.displaced.add((id(self.containers[number]), old))
 
     def splice(self, edit: Splice) -> None:
-        number = edit.op.source
-        node = self.nodes[number]
-        entered = node.input[_slots_of(edit.op.kind, edit.op).index(edit.slot)]
-        left = node.output[0]
-        container = self.containers[number]
-        before = self.producer.pop((id(container), entered))
-        self.nodes[before].output[list(self.nodes[before].output).index(entered)] = left
-        self.producer[id(container), left] = before
-        self.vanished.add(entered)
-        self.displaced.update(name for name in node.input if name != entered)
+        """Its output's name outlives it if that is how the graph puts it out, or if nobody else reads its
+        input."""
+        number = self._number(edit.op)
+        node, here = self.nodes[number], id(self.containers[number])
+        entered = here, node.input[_position(edit.op, edit.slot)]
+        left = here, node.output[0]
+        before = self.producer.get(entered)
+        self._unread(number)
+        self.displaced.update((here, name) for name in node.input if name != entered[1])
+        if left in self.exposed and (before is None or entered in self.exposed):  # both names have to stay
+            self.reads[entered].add(number)
+            node.CopyFrom(helper.make_node("Identity", [entered[1]], [left[1]], node.name))
+            return
         self.removed.add(number)
+        alone = before is not None and entered not in self.exposed and not self.reads[entered]
+        if left in self.exposed or alone:
+            assert before is not None
+            outputs = self.nodes[before].output
+            outputs[list(outputs).index(entered[1])] = left[1]
+            self.producer[left] = self.producer.pop(entered)
+            self.vanished.add(entered)
+            self._redirect(entered, left)
+        else:
+            self.producer.pop(left)
+            self.vanished.add(left)
+            self._redirect(left, entered)
+
+    def _redirect(self, old: Key, new: Key) -> None:
+        for number in self.reads.pop(old, set()):
+            inputs = self.nodes[number].input
+            for position, name in enumerate(inputs):
+                if name == old[1]:
+                    inputs[position] = new[1]
+            self.reads[new].add(number)
+
+    def _unread(self, number: int) -> None:
+        for name in self.nodes[number].input:
+            self.reads[id(self.containers[number]), name].discard(number)
 
     def replace(self, edit: Replace) -> None:
-        node = self.nodes[edit.op.source]
+        number = self._number(edit.op)
+        node = self.nodes[number]
         old = dict(zip(_slots_of(edit.op.kind, edit.op), node.input, strict=False))
         kept = {new: old[slot] for new, slot in edit.keep.items() if old.get(slot)}
         slots = _slots_of(edit.kind, edit.op)
-        self.displaced.update(set(node.input) - set(kept.values()))
+        self._unread(number)
+        here = id(self.containers[number])
+        self.displaced.update((here, name) for name in set(node.input) - set(kept.values()))
         inputs = [kept.get(slot, "") for slot in slots]
         while inputs and not inputs[-1]:
             inputs.pop()
         del node.input[:]
         node.input.extend(inputs)
+        for name in inputs:
+            self.reads[here, name].add(number)
         if edit.kind != edit.op.kind:
             node.op_type, node.domain = ROWS[edit.kind].spellings[0].op_type, ""
             del node.attribute[:]
+            del node.output[1:]
         changed = {k: v for k, v in edit.attributes.items() if edit.op.attributes.get(k) != v}
         for attribute in [a for a in node.attribute if a.name in changed]:
             node.attribute.remove(attribute)
         node.attribute.extend(helper.make_attribute(name, value) for name, value in changed.items())
         for slot, rebind in edit.constants.items():
             self._connect(edit.op, node, slots.index(slot), rebind)
+
+    def insert(self, edit: Insert) -> None:
+        """The new op puts out the old name, so that readers, outputs and bodies find it."""
+        behind = self._number(edit.behind)
+        maker, container = self.nodes[behind], self.containers[behind]
+        spelling = ROWS[edit.kind].spellings[0]
+        position = list(self.graph_outputs(edit.behind)).index(edit.tensor)
+        name = maker.output[position]
+        maker.output[position] = self._fresh(f"{name}.raw")
+        node = helper.make_node(
+            spelling.op_type,
+            [""] * (1 + len(edit.constants)),
+            [name],
+            self._fresh(f"{name}.{edit.kind}"),
+            **edit.attributes,
+        )
+        node.input[spelling.slots.index(edit.slot)] = maker.output[position]
+        number = self._put_behind(behind, node, edit)
+        self.producer[id(container), maker.output[position]] = behind
+        self.producer[id(container), name] = number
+        for slot, rebind in edit.constants.items():
+            self._connect(edit.behind, self.nodes[number], spelling.slots.index(slot), rebind)
+
+    def copy(self, edit: Copy) -> None:
+        """The same node once more; the reader gets its output."""
+        number, reader = self._number(edit.op), self.nodes[self._number(edit.reader)]
+        node = NodeProto()
+        node.CopyFrom(self.nodes[number])
+        node.name = self._fresh(f"{node.name}.copy")
+        del node.output[:]
+        node.output.append(self._fresh(f"{self.nodes[number].output[0]}.copy"))
+        position = _position(edit.reader, edit.slot)
+        key = id(self.containers[number])
+        self._unread(self._number(edit.reader))
+        reader.input[position] = node.output[0]
+        for name in reader.input:
+            self.reads[key, name].add(self._number(edit.reader))
+        self.producer[key, node.output[0]] = self._put_behind(number, node, edit)
+
+    def _put_behind(self, behind: int, node: NodeProto, edit: Insert | Copy) -> int:
+        """A new node, listed right behind another one; returns its number."""
+        container, maker = self.containers[behind], self.nodes[behind]
+        place = next(i for i, each in enumerate(container.node) if each.output == maker.output)
+        container.node.insert(place + 1, node)
+        self.nodes.append(container.node[place + 1])
+        self.containers.append(container)
+        self.inserted[edit] = len(self.nodes) - 1
+        for name in node.input:
+            self.reads[id(container), name].add(self.inserted[edit])
+        return self.inserted[edit]
+
+    def graph_outputs(self, op: Op) -> list[Tensor]:
+        return list(self.model.graph.outputs(self.ops[op.source]).values())
 
     def replace_stored(self, tensor: Tensor, value: Value) -> None:
         """Other numbers for a stored tensor, whoever reads it."""
@@ -182,19 +314,21 @@ class _Rewriter:
 
     def _owned_by(self, op: Op, slot: str, name: str) -> bool:
         """Is `name` an initializer that only this slot reads, so that its numbers may change in place?"""
-        tensor = self.model.graph.input(self.ops[op.source], slot)
+        original = None if isinstance(op.source, Insert | Copy) else self.ops.get(op.source)
+        tensor = self.model.graph.input(original, slot) if original is not None else None
         return (
             tensor is not None
             and tensor.scope == op.scope
             and not tensor.overridable
             and len(self.model.graph.readers(tensor)) == 1
+            and tensor.name == name
             and (id(self.containers[op.source]), name) in self.stored
         )
 
     def _connect(self, op: Op, node: NodeProto, position: int, rebind: Rebind) -> None:
         """Feed input `position` from a new constant with a name that no scope uses."""
         name = self._fresh(rebind.name)
-        container = self.containers[op.source]
+        container = self.containers[self._number(op)]
         # before IR version 4 every initializer had to be listed among the inputs; a body's list is not ours
         listed = self.proto.ir_version < 4
         if isinstance(container, GraphProto) and (container is self.main or not listed):
@@ -206,6 +340,8 @@ class _Rewriter:
             attribute = constant.attribute.add(name="value", type=onnx.AttributeProto.TENSOR)
             self.store(attribute.t, name, rebind.value, inline=True)
             container.node.insert(0, constant)
+            self.nodes.append(container.node[0])
+            self.containers.append(container)
         node.input.extend([""] * (position + 1 - len(node.input)))
         node.input[position] = name
 
@@ -242,39 +378,81 @@ class _Rewriter:
 
     def remove_dead(self) -> None:
         """Remove what the edits left unread, and what only that had read. Other dead code is not ours."""
-        reads = _count_reads(self.proto, (n for i, n in enumerate(self.nodes) if i not in self.removed))
-        makers = {name: i for i, node in enumerate(self.nodes) for name in node.output}
-        unread = [name for name in self.displaced if name and not reads[name]]
-        dead: set[str] = set()
+        owner = self._owners()
+        reads = Counter(owner(*key) for key in self._all_reads())
+        left = [(i, node) for i, node in enumerate(self.nodes) if i not in self.removed]
+        makers = {(id(self.containers[i]), name): i for i, node in left for name in node.output}
+        unread = [owner(*key) for key in self.displaced if key[1]]
+        dead: set[Key] = set()
         while unread:
-            name = unread.pop()
-            number = makers.get(name)
-            if number is None:
-                dead.add(name)  # an initializer
+            key = unread.pop()
+            if reads[key] or key in dead:
                 continue
-            node = self.nodes[number]
-            if number in self.removed or any(reads[output] for output in node.output):
+            number = makers.get(key)
+            if number is None:
+                dead.add(key)  # an initializer
+                continue
+            node, here = self.nodes[number], id(self.containers[number])
+            if number in self.removed or any(reads[here, output] for output in node.output):
                 continue
             self.removed.add(number)
-            dead.update(node.output)
-            reads.subtract(node.input)
-            unread += [read for read in node.input if read and not reads[read]]
+            dead.update((here, output) for output in node.output)
+            inputs = [owner(here, name) for name in node.input if name]
+            reads.subtract(inputs)
+            unread += inputs
         self._delete_nodes()
         self._delete_stored(dead)
+
+    def _owners(self) -> Callable[[int, str], Key]:
+        """Whose name is read in a container: its own, or that of the next one around it that has it."""
+        own = {id(container): set(_stated_names(container)) for container in self.all}
+        for number, node in enumerate(self.nodes):
+            own[id(self.containers[number])].update(node.output)
+
+        def owner(here: int, name: str) -> Key:
+            place = here
+            while name not in own[place] and place in self.around:
+                place = self.around[place][1]
+            return place, name
+
+        return owner
+
+    def _all_reads(self) -> Iterator[Key]:
+        """(where, name) of every reading: by a node that stays, or as an output."""
+        for number, node in enumerate(self.nodes):
+            if number not in self.removed:
+                yield from ((id(self.containers[number]), name) for name in node.input if name)
+        yield from self._all_outputs()
+
+    def _all_outputs(self) -> Iterator[Key]:
+        for container in self.all:
+            yield from ((id(container), name) for name in _names(container.output))
+
+    def _exposed(self) -> set[Key]:
+        """Outputs of every graph and function, and names that a body reads from outside."""
+        owner = self._owners()
+        captured = {key for each in self._all_reads() if (key := owner(*each)) != each}
+        return captured | {owner(*each) for each in self._all_outputs()}
 
     def _delete_nodes(self) -> None:
         gone = {id(self.nodes[number]) for number in self.removed}
         for container in _distinct(self.containers[number] for number in self.removed):
             _delete(container.node, lambda node: id(node) in gone)
 
-    def _delete_stored(self, dead: set[str]) -> None:
-        for container in _distinct([self.main, *self.containers]):
-            _delete_named(container.value_info, dead | self.vanished)
-            if isinstance(container, GraphProto):
-                gone = {tensor.name for tensor in container.initializer if tensor.name in dead}
-                _delete_named(container.initializer, gone)
-                _delete(container.sparse_initializer, lambda sparse: sparse.values.name in dead)
-                _delete_named(container.input, gone)
+    def _delete_stored(self, dead: set[Key]) -> None:
+        for container in self.all:
+            unread = {name for place, name in dead if place == id(container)}
+            vanished = {name for place, name in self.vanished if place == id(container)}
+            _delete_stored(container, unread, vanished)
+
+
+def _delete_stored(container: Container, dead: set[str], vanished: set[str]) -> None:
+    _delete_named(container.value_info, dead | vanished)
+    if isinstance(container, GraphProto):
+        gone = {tensor.name for tensor in container.initializer if tensor.name in dead}
+        _delete_named(container.initializer, gone)
+        _delete(container.sparse_initializer, lambda sparse: sparse.values.name in dead)
+        _delete_named(container.input, gone)
 
 
 def _stored(
@@ -293,11 +471,41 @@ def _stored(
     return found
 
 
+def _bodies(
+    placed: Iterable[tuple[Container, NodeProto]],
+) -> Iterator[tuple[int, tuple[GraphProto, int]]]:
+    """Of every body its id, itself, and the id of the graph or function that its node lies in."""
+    for container, node in placed:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                body = attribute.g
+                yield id(body), (body, id(container))
+
+
+def _stated_names(container: Container) -> Iterator[str]:
+    """Inputs and initializers."""
+    yield from _names(container.input)
+    if isinstance(container, GraphProto):
+        yield from _names(container.initializer)
+        yield from (sparse.values.name for sparse in container.sparse_initializer)
+
+
+def _names(repeated: Iterable[Any]) -> Iterator[str]:
+    """A function lists names, a graph what has one."""
+    return (each if isinstance(each, str) else each.name for each in repeated)
+
+
 def _slots_of(kind: str, op: Op) -> tuple[str, ...]:
     """The input slots of a node: of `op` as it is spelled, or of the kind it turns into."""
     if kind == op.kind and (found := find_spelling(op.domain, op.spelling, op.version)):
         return found[0].slots
     return ROWS[kind].spellings[0].slots
+
+
+def _position(op: Op, slot: str) -> int:
+    """Where the inputs of a node have a slot: `inputs.2` of a Concat is the third of its `inputs*`."""
+    slots, (stem, _, number) = _slots_of(op.kind, op), slot.rpartition(".")
+    return slots.index(f"{stem}*") + int(number) if stem else slots.index(slot)
 
 
 def _distinct(containers: Iterable[Container]) -> list[Container]:
@@ -312,18 +520,6 @@ def _delete(repeated: Any, condemned: Callable[[Any], bool]) -> None:
 
 def _delete_named(repeated: Any, names: set[str]) -> None:
     _delete(repeated, lambda element: element.name in names)
-
-
-def _count_reads(proto: onnx.ModelProto, nodes: Iterable[NodeProto]) -> Counter[str]:
-    """How often each name is read, over all scopes together, by nodes and as an output."""
-    reads: Counter[str] = Counter(info.name for info in proto.graph.output)
-    for function in proto.functions:
-        reads.update(function.output)
-    for node in nodes:
-        reads.update(node.input)
-        for attribute in node.attribute:
-            reads.update(info.name for info in attribute.g.output)
-    return reads
 
 
 def _value_info(name: str, value: Value) -> ValueInfoProto:

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -29,6 +30,8 @@ class OnnxModel:
     checked: bool = True
     checker_message: str = ""
     versions: dict[str, int] = field(default_factory=dict)
+    #: of a rewritten model: (op of the original or edit that made it, slot) → the constant that is there now
+    places: dict[tuple[Any, str], str] = field(default_factory=dict)
 
     @property
     def format(self) -> str:

@@ -285,9 +285,9 @@ class _Builder:
 
     def _add_function(self, key: Function, function: FunctionProto) -> None:
         scope = _function_scope(key)
-        env = {name: self._tensor(name, scope, None, Role.INPUT) for name in function.input}
-        versions = _opset_versions(function.opset_import)
         known = {info.name: info for info in function.value_info}
+        env = {name: self._tensor(name, scope, known.get(name), Role.INPUT) for name in function.input}
+        versions = _opset_versions(function.opset_import)
         self._add_nodes(function, function, scope, {}, env, known, versions)
         outputs = [self._resolve(name, env, {}, f"function {key[1]!r}") for name in function.output]
         self.graph.add_outputs(scope, outputs)

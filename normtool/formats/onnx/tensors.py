@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,10 @@ class FileValue:
         return np.frombuffer(content, self.dtype).reshape(stop - start, *self.shape[1:])
 
 
+#: Tensors up to this size stay decoded.
+_KEPT_ELEMENTS = 1 << 12
+
+
 @dataclass(frozen=True, eq=False)
 class ProtoValue:
     """Numbers decoded by onnx itself: typed fields, packed 4-bit data, sparse tensors, small raw data."""
@@ -92,8 +97,13 @@ class ProtoValue:
     dtype: np.dtype[Any]
 
     def rows(self, start: int, stop: int) -> Array:
-        array = self.decode()
+        array = self._kept if element_count(self.shape) <= _KEPT_ELEMENTS else self.decode()
         return array[start:stop] if self.shape else array
+
+    @cached_property
+    def _kept(self) -> Array:
+        """Decoded once: a plan asks for the parameters of a norm again and again."""
+        return self.decode()
 
 
 #: TensorProto.DataType → the typed field that holds it

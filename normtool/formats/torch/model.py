@@ -2,9 +2,10 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +36,10 @@ class TorchModel:
     example: Example | None = None
     path: Path | None = None
     sha256: str | None = None
+    #: of a rewritten model: (op of the original or edit that made it, slot) → the parameter that is there now
+    places: dict[tuple[Any, str], str] = field(default_factory=dict)
+    #: of a rewritten module: name of a tensor in the original → its name now, where that is another
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def format(self) -> str:
@@ -85,13 +90,13 @@ def read_module(module: nn.Module, example: Example | None, why_not: str = "") -
         graph.diagnostics.append(("no_dataflow", graph.no_dataflow, ""))
         graph.norm_modules = list(norm_modules(module, tensors, lambda path: None))
     else:
-        read_program(program, graph, tensors, _first_paths(module))
+        read_program(program, graph, tensors, first_paths(module))
         calls = _calls(graph)
         graph.norm_modules = list(norm_modules(module, tensors, lambda path: calls[path]))
     return TorchModel(graph, state, module=module, exported=program, example=example)
 
 
-def _first_paths(module: nn.Module) -> dict[str, str]:
+def first_paths(module: nn.Module) -> dict[str, str]:
     """Every path of a module → its first."""
     first: dict[int, str] = {}
     every: dict[str, str] = {}

@@ -20,7 +20,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from normtool.edits import Edit, Rebind, Replace, Splice
+from normtool.edits import Copy, Edit, Insert, Rebind, Replace, Splice
 from normtool.errors import StalePlan
 from normtool.formats.torch.model import TorchModel, read_exported
 from normtool.formats.torch.read import spelling_of
@@ -38,7 +38,9 @@ def fold_program(model: TorchModel, plan: Plan) -> TorchModel:
     for edit in plan.edits:
         rewriter.carry_out(edit)
     rewriter.remove_dead()
-    return read_exported(rewriter.result())
+    folded = read_exported(rewriter.result())
+    folded.places = rewriter.places
+    return folded
 
 
 class _Rewriter:
@@ -62,6 +64,8 @@ class _Rewriter:
         #: name of a node that is gone → of the one that stands for it in the signature
         self.renamed: dict[str, str] = {}
         self.aliases = _aliases(model)
+        #: (op of the original or edit that made it, slot) → the parameter it reads now
+        self.places: dict[tuple[Any, str], str] = {}
 
     # ---- edits ----------------------------------------------------------------------------
 
@@ -73,17 +77,34 @@ class _Rewriter:
                 self.splice(edit)
             case Replace():
                 self.replace(edit)
+            case Insert():
+                self.insert(edit)
+            case Copy():
+                self.copy(edit)
 
     def rebind(self, node: fx.Node, op: Op, edit: Rebind) -> None:
         """New numbers: in the op's own parameter if nobody else reads it, else in a new one."""
         content = to_tensor(edit.value)
-        old = self.model.graph.input(op, edit.slot)
-        like = old if old is not None else self.model.graph.input(op, _WEIGHT_SLOT.get(op.kind, "weight"))
+        graph = self.model.graph
+        if isinstance(op.source, Copy) or op not in graph.nodes:  # what an edit has made
+            placeholder = self._new_placeholder(edit.name, self._parameter(content, None))
+            self._set_argument(node, op, edit.slot, placeholder)
+            self._note(op.source, edit.slot, placeholder)
+            return
+        old = graph.input(op, edit.slot)
+        like = old if old is not None else graph.input(op, _WEIGHT_SLOT.get(op.kind, "weight"))
         if old is not None and self._is_own(old, tuple(content.shape)):
             self.state[old.name] = self._stored_like(content, old)
+            self.places[op.source, edit.slot] = old.name
             return
-        parameter = self._parameter(content, like)
-        self._set_argument(node, op, edit.slot, self._new_placeholder(edit.name, parameter))
+        placeholder = self._new_placeholder(edit.name, self._parameter(content, like))
+        self._set_argument(node, op, edit.slot, placeholder)
+        self._note(op.source, edit.slot, placeholder)
+
+    def _note(self, source: Any, slot: str, placeholder: fx.Node) -> None:
+        target = self.specs[placeholder.name].target
+        assert target is not None
+        self.places[source, slot] = target
 
     def splice(self, edit: Splice) -> None:
         node = self.node[edit.op.source]
@@ -98,23 +119,69 @@ class _Rewriter:
         """An affine op of the chain that turns into the Add of the shift, or addmm with other factors."""
         node = self.node[edit.op.source]
         if edit.kind == edit.op.kind:
-            factors = {name: edit.attributes[name] for name in ("beta", "alpha") if name in edit.attributes}
-            node.kwargs = {**node.kwargs, **factors}
+            self._restate(node, edit)
             return
         (entry,) = edit.keep.values()
-        (rebind,) = edit.constants.values()
         entered = self._argument(node, edit.op, entry)
         self._displace(node, entered)
-        beside = (self.model.graph.input(rebind.op, slot) for slot in ("weight", "mean", "a", "b"))
-        like = next((tensor for tensor in beside if tensor is not None and tensor.name in self.state), None)
-        constant = self._new_placeholder(rebind.name, self._parameter(to_tensor(rebind.value), like))
-        with self.graph.inserting_before(node):
-            added = self.graph.call_function(torch.ops.aten.add.Tensor, (entered, constant))
-        added.meta = {**node.meta, "val": _first(node.meta.get("val"))}
+        made = self._call(edit, node, entered)
         for each in self._results(node):
-            self._stand_in(each, added)
+            self._stand_in(each, made)
         self.graph.erase_node(node)
         self.gone.add(edit.op)
+        self.node[edit.op.source] = made
+
+    def _restate(self, node: fx.Node, edit: Replace) -> None:
+        """Other plain arguments: the factors of addmm, the value that pad puts around."""
+        found = spelling_of(node, self.program)
+        assert found is not None
+        names = {canonical: name for name, canonical in found[0].arguments.items()}
+        changed = {k: v for k, v in edit.attributes.items() if edit.op.attributes.get(k) != v}
+        arguments = self._arguments(node) | {names[name]: value for name, value in changed.items()}
+        node.args, node.kwargs = tuple(arguments.values()), {}
+        declared = node.target._schema.arguments  # type: ignore[union-attr]
+        keyword_only = {each.name for each in declared if each.kwarg_only}
+        node.args = tuple(value for name, value in arguments.items() if name not in keyword_only)
+        node.kwargs = {name: value for name, value in arguments.items() if name in keyword_only}
+
+    def insert(self, edit: Insert) -> None:
+        """An op behind another: its readers, and the program's outputs, get what it makes."""
+        node = self.node[edit.behind.source]
+        made = self._call(edit, next(iter(node.users)), node)
+        node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+        self.renamed[node.name] = made.name
+        self.node[edit] = made
+
+    def copy(self, edit: Copy) -> None:
+        """The same call once more, for one reader."""
+        node, reader = self.node[edit.op.source], self.node[edit.reader.source]
+        with self.graph.inserting_after(node):
+            twin = self.graph.node_copy(node)
+        reader.replace_input_with(node, twin)
+        self.node[edit] = twin
+
+    def _call(self, edit: Replace | Insert, before: fx.Node, entered: fx.Node) -> fx.Node:
+        """`entered` with new parameters: plus one, times one, or through a Conv."""
+        parameters = [self._new_constant(rebind) for rebind in edit.constants.values()]
+        for slot, parameter in zip(edit.constants, parameters, strict=True):
+            self._note(edit if isinstance(edit, Insert) else edit.op.source, slot, parameter)
+        conv = edit.kind == "conv"
+        groups = [edit.attributes["group"]] if conv else []
+        rank = len(edit.attributes.get("kernel_shape", ()))
+        steps = [[1] * rank, [0] * rank, [1] * rank] if conv else []
+        targets: dict[str, Any] = {"add": torch.ops.aten.add.Tensor, "mul": torch.ops.aten.mul.Tensor}
+        target = targets.get(edit.kind) or getattr(torch.ops.aten, f"conv{rank}d").default
+        with self.graph.inserting_before(before):
+            made = self.graph.call_function(target, (entered, *parameters, *steps, *groups))
+        made.meta = {**before.meta, "val": _first(entered.meta.get("val"))}
+        return made
+
+    def _new_constant(self, rebind: Rebind) -> fx.Node:
+        graph = self.model.graph
+        known = graph.inputs(rebind.op) if rebind.op in graph.nodes else {}
+        beside = (known.get(slot) for slot in ("weight", "mean", "a", "b"))
+        like = next((tensor for tensor in beside if tensor is not None and tensor.name in self.state), None)
+        return self._new_placeholder(rebind.name, self._parameter(to_tensor(rebind.value), like))
 
     def _results(self, node: fx.Node) -> list[fx.Node]:
         """The node, and the getitems that pick its first result: the native forms return three."""
@@ -139,7 +206,7 @@ class _Rewriter:
 
     def _argument_name(self, op: Op, slot: str) -> str:
         """The ATen name of the argument at a slot."""
-        found = spelling_of(op.source, self.program)
+        found = spelling_of(self.node[op.source], self.program)
         assert found is not None
         return next(name for name, canonical in found[0].arguments.items() if canonical == slot)
 
@@ -230,10 +297,12 @@ class _Rewriter:
 
     def remove_dead(self) -> None:
         """Take out what only the edits have left unread, and the running counts of norms that are gone."""
-        counts = {f"{owner}.num_batches_tracked" for owner in self._owners_gone()}
+        counts: set[str] | None = None
         for node in reversed(list(self.graph.nodes)):
+            if node.op == "placeholder" and counts is None:  # every other node has been seen
+                counts = {f"{owner}.num_batches_tracked" for owner in self._owners_gone()}
             spec = self.specs.get(node.name) if node.op == "placeholder" else None
-            counted = spec is not None and spec.target in counts
+            counted = spec is not None and spec.target in (counts or ())
             if node.users or (node not in self.displaced and not counted):
                 continue
             if spec is not None and spec.target is not None:
@@ -252,7 +321,9 @@ class _Rewriter:
     def _owners_gone(self) -> set[str]:
         """Modules of which no BatchNorm goes on."""
         ops = [op for op in self.model.graph.ops if op.kind == "batch_norm"]
-        return {op.owner for op in ops} - {op.owner for op in ops if op not in self.gone}
+        left = set(self.graph.nodes)
+        goes_on = {op.owner for op in ops if op not in self.gone and self.node[op.source] in left}
+        return {op.owner for op in ops} - goes_on
 
     def result(self) -> ExportedProgram:
         self.graph.lint()

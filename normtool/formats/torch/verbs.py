@@ -13,24 +13,49 @@ from normtool.formats.torch import module_apply, program_apply
 from normtool.formats.torch.export import export, undisturbed
 from normtool.formats.torch.model import TorchModel
 from normtool.formats.torch.sources import hash_file, need_example
+from normtool.formats.torch.undo import undo_fold, undo_record
+from normtool.key_map import Keys
+from normtool.options import FoldOptions
 from normtool.parameters import Census
 from normtool.planner import Plan, Progress, plan_fold
 
-__all__ = ["apply", "census_of", "make_plan", "stage", "to_object", "to_program"]
+__all__ = [
+    "apply",
+    "census_of",
+    "keys_of",
+    "make_plan",
+    "stage",
+    "to_object",
+    "to_program",
+    "undo_fold",
+    "undo_record",
+]
 
 
 def census_of(opened: TorchModel) -> Census:
     return opened.census
 
 
-def make_plan(opened: TorchModel, freeze: bool, progress: Progress) -> Plan:
-    """`freeze` is for ONNX's overridable initializers; PyTorch has none."""
+def keys_of(opened: TorchModel) -> Keys:
+    """Every key of the state dict; the hooks on `state_dict` are the user's code and not run."""
+    stored = opened.state.stored
+    every = {name: tuple(each.names) for each in stored if not each.packed for name in each.names}
+    if opened.program is not None:
+        return {name: names for name, names in every.items() if name in opened.program.state_dict}
+    assert opened.module is not None
+    modules = opened.module.named_modules(remove_duplicate=False)
+    passing = {f"{path}.{name}".lstrip(".") for path, m in modules for name in m._non_persistent_buffers_set}
+    return {name: names for name, names in every.items() if name not in passing}
+
+
+def make_plan(opened: TorchModel, options: FoldOptions, progress: Progress) -> Plan:
+    """A module's code makes the calls, so its plan is reviewed."""
     if opened.module is None:
-        return plan_fold(opened.graph, opened.fingerprint, freeze, progress)
+        return plan_fold(opened.graph, opened.fingerprint, options, progress)
     return plan_fold(
         opened.graph,
         opened.fingerprint,
-        freeze,
+        options,
         progress,
         review=lambda folds: module_apply.review(opened, folds),
     )

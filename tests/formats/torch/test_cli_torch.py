@@ -300,12 +300,14 @@ REWRITE = {"schema", "sites", "before", "after", "validation", "outputs"}
 
 def test_fold(net, tmp_path):
     found = document(run("fold", f"{net}:Net", *IMAGE, "-o", "o.pt2", "--format", "json"))
-    assert found.keys() >= REWRITE
+    assert found.keys() >= REWRITE | {"key_map"}
     assert found["schema"] == "normtool.rewrite/1"
     assert [site["verdict"] for site in found["sites"]] == ["folded"]
     assert found["validation"]["verdict"] == "equal"
     assert found["outputs"][0]["path"] == "o.pt2"
     assert (found["before"]["learnable"], found["after"]["learnable"]) == (120, 112)
+    (gone,) = (key for key, now in found["key_map"].items() if not now)
+    assert gone.endswith("num_batches_tracked")
     again = document(run("fold", "o.pt2", "-o", "again.pt2", "--format", "json"))
     assert again["sites"] == []
 

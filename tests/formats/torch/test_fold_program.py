@@ -55,7 +55,9 @@ def test_parameters_of_the_norm_leave_the_program(form):
 
 @forms
 def test_running_count_goes_with_the_last_call_of_its_norm(form):
-    module = Through(lambda m, x: m.bn(m.conv(x)) + m.bn(x), conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3))
+    module = Through(
+        lambda m, x: m.bn(m.conv(x)) + m.bn(x.tanh()), conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3)
+    )
     folded = assert_program_folds(form(export(double(module), randn(*IMAGE))), randn(*IMAGE), left=1)
     assert "bn.running_mean" in folded.state_dict
     assert "bn.num_batches_tracked" in folded.state_dict
@@ -278,13 +280,14 @@ KEPT = {
     "relu-between": (lambda m, x: m.bn(m.conv(x).relu()), "nonlinear"),
     "read-twice": (lambda m, x: (lambda y: m.bn(y) + y)(m.conv(x)), "multiple_readers"),
     "also-an-output": (lambda m, x: (lambda y: (m.bn(y), y))(m.conv(x)), "graph_output"),
-    "on-the-input": (lambda m, x: m.conv(m.bn(x)), "no_producer"),
+    "on-the-input": (lambda m, x: m.bn(x), "no_producer"),
+    "on-the-input-and-behind-a-relu": (lambda m, x: m.conv(m.bn(x).relu()), "no_producer"),
     "divided-with-rounding": (
         lambda m, x: m.bn(torch.div(m.conv(x), 2.0, rounding_mode="floor")),
         "unsupported_op",
     ),
     "added-with-alpha": (lambda m, x: m.bn(torch.add(m.conv(x), m.c, alpha=2)), "unsupported_op"),
-    "cast-between": (lambda m, x: m.bn(m.conv(x).float().double()), "unsupported_op"),
+    "cast-to-integers-between": (lambda m, x: m.bn(m.conv(x).int().double()), "unsupported_op"),
 }
 
 
@@ -293,7 +296,34 @@ def test_norm_is_kept(name):
     function, reason = KEPT[name]
     members = {"conv": nn.Conv2d(3, 3, 1), "bn": nn.BatchNorm2d(3), "c": nn.Parameter(torch.zeros(3, 1, 1))}
     program = export(double(Through(function, **members)), randn(*IMAGE))
-    assert_program_keeps(program, randn(*IMAGE), reason=reason)
+    result = assert_program_keeps(program, randn(*IMAGE), reason=reason)
+    ahead = "nonlinear" if "behind" in name else "graph_output"
+    assert codes(result) == {reason, ahead}
+
+
+# ---- what goes forward --------------------------------------------------------------------------------------
+
+
+@forms
+@pytest.mark.parametrize("padding", [0, 1], ids=["all-of-it", "all-but-the-shift"])
+def test_norm_on_the_input(form, padding):
+    module = Through(
+        lambda m, x: m.conv(m.bn(x)), conv=nn.Conv2d(3, 4, 3, padding=padding), bn=nn.BatchNorm2d(3)
+    )
+    folded = assert_program_folds(form(export(double(module), randn(*IMAGE))), randn(*IMAGE))
+    assert [str(node.target) for node in folded.graph.nodes].count("aten.add.Tensor") == padding
+
+
+def test_norm_behind_a_cast_between_floats():
+    """A cast is a rounding, as there are others: the map passes it."""
+    module = Through(
+        lambda m, x: m.bn(m.conv(x).float().double()), conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3)
+    )
+    program = export(double(module), randn(*IMAGE))
+    result = fold(program)
+    assert (result.folded, norm_calls(result.model)) == (1, 0)
+    expected, found = run(program)(randn(*IMAGE)), run(result.model)(randn(*IMAGE))
+    assert 1e-12 < (expected - found).abs().max() / expected.abs().max() < 2**-22
 
 
 def test_inplace_is_refused():

@@ -1,0 +1,44 @@
+"""What a user may ask of a fold beyond what is always done."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from normtool.errors import UsageError
+
+#: Ways to do without BatchNorm where it cannot be folded.
+LOWERINGS = ("mul-add", "conv", "relu")
+
+
+@dataclass(frozen=True)
+class FoldOptions:
+    """`freeze`: treat ONNX initializers that are also graph inputs as constants.
+
+    `only`, `skip`: shell patterns of norm names. `lower`: what becomes of BatchNorms that cannot be folded
+    (one of LOWERINGS). `duplicate`: copy an op whose output others read too. `border_maps`: let a padded Conv
+    take a shift as a constant of the size of its output. `requantise`: let a quantised bias take a
+    shift rounded to its grid, with the error stated in the proof: the one fold that is not exact.
+    """
+
+    freeze: bool = False
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    lower: str | None = None
+    duplicate: bool = False
+    border_maps: bool = False
+    requantise: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lower is not None and self.lower not in LOWERINGS:
+            raise UsageError(f"lower={self.lower!r}: choose one of {', '.join(LOWERINGS)}")
+
+    def chooses(self, name: str) -> bool:
+        wanted = not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
+        return wanted and not any(fnmatchcase(name, pattern) for pattern in self.skip)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises UsageError for a pattern that no norm matches: most likely it is mistyped."""
+        known = list(names)
+        for pattern in (*self.only, *self.skip):
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise UsageError(f"no norm is called {pattern!r}; `normtool scan -v` lists their names")
