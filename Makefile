@@ -34,6 +34,8 @@ bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/fold_cost.py
 	$(BIN)/python tests/benchmarks/start_up.py
 	$(BIN)/python -m tests.benchmarks.fold_modules
+	$(BIN)/python tests/benchmarks/many_ops.py
+	$(BIN)/python -m tests.benchmarks.what_remains
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
