@@ -81,7 +81,8 @@ def consolidated(edits: Iterable[Edit]) -> tuple[Edit, ...]:
     """
     kept: list[Edit] = []
     done: set[tuple[Any, str]] = set()
-    gone: set[Any] = set()
+    #: op that is taken out → where `kept` says so
+    gone: dict[Any, int] = {}
     #: op → the only slots that outlive its replacement
     outlive: dict[Any, set[str]] = {}
     for edit in reversed(list(edits)):
@@ -92,9 +93,12 @@ def consolidated(edits: Iterable[Edit]) -> tuple[Edit, ...]:
                     continue
                 done.add((op.source, slot))
             case Splice(op=op):
-                gone.add(op.source)
+                gone[op.source] = len(kept)
             case Replace(op=op, keep=keep):
-                if op.source in gone:
+                if op.source in gone:  # as what it was before
+                    splice = kept[gone[op.source]]
+                    assert isinstance(splice, Splice)
+                    kept[gone[op.source]] = Splice(op, keep[splice.slot])
                     continue
                 later = {new: (op.source, old) for new, old in keep.items() if (op.source, new) in done}
                 done -= {(op.source, slot) for slot in later}

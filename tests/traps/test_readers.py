@@ -291,7 +291,7 @@ def norms_that_nobody_reads() -> onnx.ModelProto:
 
 
 def an_add_that_could_go_back() -> onnx.ModelProto:
-    """In front of a padded conv an Add stays; the conv before the sum takes it in, and could not take the norm."""
+    """In front of a padded conv an Add stays; the conv before the sum takes it, and could not take the norm."""
     net = Net()
     x = net.node("Relu", net.input([2, 4, 6, 6]))
     y = net.node("Add", x, net.conv(net.node("GlobalAveragePool", x), 4, 4, 1, 1))

@@ -249,6 +249,36 @@ SHARED = {
         ["kept", "kept", "kept", "kept"],
         {"shared_parameter", "unsupported_op", "graph_output"},
     ),
+    "norm-in-front-of-one-call-of-a-conv": (
+        lambda m, x: m.conv(m.bn(x)) + m.conv(x.relu()),
+        ["kept", "kept"],
+        {"no_producer", "shared_parameter", "not_called"},
+    ),
+    "norm-in-front-of-both-calls-of-a-conv": (
+        lambda m, x: m.conv(m.bn(x)) * m.conv(m.bn(x + 1)),
+        ["folded", "folded", "kept"],
+        {"not_called"},
+    ),
+    "two-norms-in-front-of-one-conv": (
+        lambda m, x: m.conv(m.bn(x)) + m.conv(m.bn2(x.relu())),
+        ["kept", "kept"],
+        {"no_producer", "nonlinear", "shared_parameter"},
+    ),
+    "norm-in-front-of-a-conv-whose-weight-is-read-too": (
+        lambda m, x: m.conv(m.bn(x)) * m.conv.weight.sum(),
+        ["kept", "kept"],
+        {"no_producer", "shared_parameter", "not_called"},
+    ),
+    "one-norm-called-twice-in-front-of-two-convs": (
+        lambda m, x: m.conv(m.bn(x)) + m.other(m.bn(x)),
+        ["folded", "folded", "kept"],
+        {"not_called"},
+    ),
+    "parallel-branches-called-twice": (
+        lambda m, x: (lambda block: block(block(x).relu()))(lambda z: m.bn(m.conv(z)) + m.bn2(m.other(z))),
+        ["folded"] * 4,
+        set(),
+    ),
 }
 
 
@@ -261,6 +291,12 @@ def test_trap_06_every_call_site_is_counted(name):
     assert codes(result) == reasons
     assert_same(module, result.model, (randn(2, 3, 5, 5),))
     assert fold(result.model, (randn(2, 3, 5, 5),)).folded == 0
+
+
+def test_trap_06_one_norm_called_twice_on_one_tensor_goes_at_both():
+    module = convs_and_norms(lambda m, x: (lambda y: (m.bn(y), m.bn(y)))(m.conv(x)))
+    assert batch_norms(assert_folds(module, randn(2, 3, 5, 5), left=1)) == ["bn2"]
+    assert_program_folds(export(module, randn(2, 3, 5, 5)), randn(2, 3, 5, 5))
 
 
 def test_trap_06_in_a_program_each_call_gets_a_weight_of_its_own():
@@ -505,6 +541,22 @@ def test_trap_15_second_run_does_not_fold_across_the_activation():
     module = double(nn.Sequential(*conv_bn(3, 3), nn.ReLU(), nn.BatchNorm2d(3)))
     folded = assert_folds(module, randn(2, 3, 4, 4), left=1)
     assert batch_norms(folded) == ["3"]
+
+
+@pytest.mark.parametrize("decompose", [False, True], ids=["exported", "decomposed"])
+def test_trap_15_what_stays_behind_of_a_norm_is_folded_at_once_too(decompose):
+    """An Add would stay in front of a padded conv; the conv before the sum takes it in, nothing more."""
+
+    def function(m, x):
+        x = x.relu()
+        return m.padded(m.bn(x + m.mix(F.adaptive_avg_pool2d(x, 1))))
+
+    convs = {"mix": nn.Conv2d(4, 4, 1), "padded": nn.Conv2d(4, 4, 3, padding=1)}
+    module, x = double(Through(function, **convs, bn=nn.BatchNorm2d(4))), randn(2, 4, 6, 6)
+    assert isinstance(assert_folds(module, x).bn, nn.Identity)
+    program = export(module, x)
+    folded = assert_program_folds(decomposed(program) if decompose else program, x)
+    assert [str(node.target) for node in folded.graph.nodes].count("aten.add.Tensor") == 1
 
 
 # ---- 19, 22, 23 ----------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class _Review:
             if not isinstance(edit, Insert) and edit.op.source in self.vanish:
                 continue
             op = edit.behind if isinstance(edit, Insert) else self._original(edit.op)
-            if isinstance(edit, Rebind) and edit.op is op:
+            if isinstance(edit, Rebind) and edit.op in self.graph.nodes:
                 reasons += self._rebind(edit)
             elif isinstance(edit, Rebind | Splice | Replace) and (op in self.spliced or op in self.shifts):
                 reasons += self._give_way(op)

@@ -25,6 +25,9 @@ LEFT: dict[str, Counter[str]] = {
     "dpt": Counter({"not_called": 2}),
     # on the input features, scaled along another axis than the one the convolution mixes
     "clap_audio": Counter({"axis_mismatch, no_producer": 1}),
+    # read by a residual beside them, mixed along the patches, in front of a GELU; those of the layers that mix
+    # the features go into their linear
+    "patchtsmixer": Counter({"axis_mismatch, multiple_readers": 3}),
 }
 
 #: Converted and compared in ONNX Runtime; the quick ones of every family.

@@ -853,3 +853,20 @@ def test_an_instance_norm_with_stored_statistics_is_kept_for_the_right_reason():
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True))
     (site,) = normtool.fold(module.eval(), (torch.randn(2, 3, 6, 6),), validate=False).sites
     assert [reason.code for reason in site.reasons] == ["unsupported_op"]
+
+
+# ---- folds that follow each other ----------------------------------------------------------------
+
+
+def test_a_shift_that_stays_takes_in_what_comes_later():
+    """The second norm has become an Add in front of the padding; then the first one's shift reaches it."""
+    parts = [nn.BatchNorm2d(3), nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)]
+    folded = assert_folds(double(nn.Sequential(*parts)), randn(*IMAGE))
+    assert [type(part) for part in folded] == [nn.Sequential, nn.AvgPool2d, nn.Sequential, nn.Conv2d]
+
+
+def test_a_shift_that_stays_for_a_while_goes_after_all():
+    """Its scale goes forward, and what is left, an Add, backward through the MaxPool."""
+    parts = [nn.Conv2d(3, 3, 1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)]
+    folded = assert_folds(double(nn.Sequential(*parts)), randn(*IMAGE))
+    assert [type(part) for part in folded] == [nn.Conv2d, nn.MaxPool2d, nn.Identity, nn.Conv2d]
