@@ -247,6 +247,7 @@ def test_module(block: Block):
     assert checks.fold(result.model, of.inputs).folded == 0
 
 
+@pytest.mark.long  # the same plans as for the modules, and the same edits as in ONNX
 @every_block
 def test_program(block: Block):
     of = case(block)
