@@ -113,6 +113,8 @@ class _Review:
     # ---- the absorber -----------------------------------------------------------------
 
     def _rebind(self, edit: Rebind) -> Reasons:
+        if (edit.op, edit.slot) not in self.final:  # a later fold takes the op out
+            return ()
         tensor = self.graph.input(edit.op, edit.slot)
         if tensor is None:
             return self._new_bias(edit)

@@ -5,6 +5,7 @@ of the tensors. A norm that is one op is found by its op; running statistics mak
 a class that sounds like a norm are cut out of the program and probed, as a module would be.
 """
 
+import operator
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -103,8 +104,13 @@ def _probed(graph: ModelGraph, ops: list[Op]) -> Behaviour | None:
         return None
     shape = tuple(n if isinstance(n, int) else 2 for n in entering[0].shape)
     nodes = [op.source for op in ops]
-    entry = next(each for node in nodes for each in node.all_input_nodes if each.name == entering[0].name)
-    return behaviour_of_piece(_cut_out(nodes, entry, leaving[0].source), shape)
+    entries = [e for node in nodes for e in node.all_input_nodes if _tensor_name(e) == entering[0].name]
+    return behaviour_of_piece(_cut_out(nodes, entries[0], leaving[0].source), shape) if entries else None
+
+
+def _tensor_name(node: fx.Node) -> str:
+    """As the reader calls what a node computes, or picks out of several."""
+    return f"{node.args[0]}.{node.args[1]}" if node.target is operator.getitem else node.name
 
 
 def _cut_out(nodes: list[fx.Node], entry: fx.Node, leaving: fx.Node) -> fx.GraphModule:

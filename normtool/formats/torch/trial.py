@@ -85,8 +85,8 @@ def _changes(model: TorchModel, folds: Sequence[Fold], blocks: Sequence[Block]) 
 
 def _new_biases(model: TorchModel, folds: Sequence[Fold]) -> dict[Op, str]:
     """Absorber → the slot of the bias that it does not have yet."""
-    edits = [edit for fold in folds for edit in fold.edits if isinstance(edit, Rebind)]
-    edits = [edit for edit in edits if edit.op in model.graph.nodes]
+    all_edits = consolidated(edit for fold in folds for edit in fold.edits)
+    edits = [edit for edit in all_edits if isinstance(edit, Rebind) and edit.op in model.graph.nodes]
     return {edit.op: edit.slot for edit in edits if model.graph.input(edit.op, edit.slot) is None}
 
 

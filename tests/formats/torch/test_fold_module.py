@@ -610,6 +610,23 @@ def test_hook_that_sees_the_tensor_in_between(name):
     assert_keeps(module, randn(*IMAGE), reason="hook")
 
 
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "no-affine"])
+def test_norms_in_a_row_go_forward_together(affine):
+    """The first may go into the second, whether that has γ and β or not, before both go on."""
+    norms = [nn.BatchNorm2d(4, affine=affine), nn.BatchNorm2d(4, affine=affine)]
+    folded = assert_folds(double(nn.Sequential(*norms, nn.Conv2d(4, 3, 1, bias=False))), randn(2, 4, 5, 5))
+    assert batch_norms(folded) == []
+    assert list(folded.state_dict()) == ["2.weight", "2.bias"]
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "no-affine"])
+def test_one_norm_called_twice_in_a_row_takes_nothing_in(affine):
+    """γ and β of the second call are those of the first."""
+    module = Through(lambda m, x: m.norm(m.norm(x).relu() + x), norm=nn.BatchNorm2d(4, affine=affine))
+    result = assert_keeps(double(module), randn(2, 4, 5, 5), reason="no_producer")
+    assert verdicts(result) == ["kept", "kept"]
+
+
 def test_hook_between_two_norms():
     module = double(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)))
     module[1].register_forward_hook(double_output)

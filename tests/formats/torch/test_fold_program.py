@@ -326,6 +326,25 @@ def test_norm_behind_a_cast_between_floats():
     assert 1e-12 < (expected - found).abs().max() / expected.abs().max() < 2**-22
 
 
+class LayerNormOfMyOwn(nn.Module):
+    def forward(self, x):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
+@forms
+def test_norm_of_ones_own_behind_what_puts_out_two_tensors(form):
+    """In core ATen a max pool has indices too, and its readers read a getitem of it."""
+    module = Through(lambda m, x: m.norm(F.max_pool2d(m.body(x), 2)), norm=LayerNormOfMyOwn(), body=conv_bn())
+    program = form(export(double(module), randn(*IMAGE)))
+    assert [norm.norm.kind for norm in normtool.scan(program).norms] == ["batch_norm", "layer_norm"]
+    folded = fold(program)
+    assert {site.norm.kind: site.verdict for site in folded.sites} == {
+        "batch_norm": "folded",
+        "layer_norm": "kept",
+    }
+    assert_same(run(program), run(folded.model), (randn(*IMAGE),))
+
+
 def test_inplace_is_refused():
     with pytest.raises(UsageError, match="inplace"):
         normtool.fold(export(double(conv_bn()), randn(*IMAGE)), validate=False, inplace=True)
