@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from normtool.graph import Op, Tensor
+from normtool.graph import Op, Read, Tensor
 from normtool.values import Value
 
 
@@ -71,7 +71,35 @@ class Copy:
     slot: str
 
 
-Edit = Rebind | Splice | Replace | Insert | Copy
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One op of a `Graft`.
+
+    `inputs`: slot → a tensor that is there, or the number of an earlier part. `constants` fill other slots; their
+    names are wishes. `op_type` and `domain` name the spelling where it is not the first of the kind's row.
+    """
+
+    kind: str
+    inputs: Mapping[str, Tensor | int]
+    constants: Mapping[str, tuple[str, Value]] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    op_type: str = ""
+    domain: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Graft:
+    """Compute something beside what is there, and let readers of `tensor` read the last part's output instead.
+
+    `readers` None: all of them, outputs of the graph too; what nobody reads any more goes.
+    """
+
+    tensor: Tensor
+    parts: tuple[Part, ...]
+    readers: tuple[Read, ...] | None = None
+
+
+Edit = Rebind | Splice | Replace | Insert | Copy | Graft
 
 
 def consolidated(edits: Iterable[Edit]) -> tuple[Edit, ...]:
