@@ -21,6 +21,7 @@ class Draft(ModelGraph):
         self.base = graph
         self.calls, self.norm_modules = graph.calls, graph.norm_modules
         self.no_dataflow, self.diagnostics = graph.no_dataflow, graph.diagnostics
+        self.called_by_code = graph.called_by_code
         #: ops and tensors whose edges are no longer those of `base`
         self._ins: dict[Op, dict[str, Tensor]] = {}
         self._outs: dict[Op, dict[str, Tensor]] = {}
@@ -162,7 +163,7 @@ class Draft(ModelGraph):
         self._disconnect(op)
         heir = self._new_op(op, edit.kind, dict(edit.attributes), op.source)
         kept = {new: inputs[old] for new, old in edit.keep.items() if old in inputs}
-        self._put(heir, op, kept, {"y": outputs["y"]})
+        self._put(heir, op, kept, outputs if edit.kind == op.kind else {"y": outputs["y"]})
         self.heirs[op] = heir
         for slot, rebind in edit.constants.items():
             self._bind(heir, slot, rebind.value, rebind.name)

@@ -144,6 +144,8 @@ class ModelGraph:
         self.calls: dict[Scope, int] = {}
         #: norms known as modules, beside those that are ops
         self.norm_modules: list[NormModule] = []
+        #: a user's module makes the calls: an op takes other numbers, and only a whole norm can be taken out
+        self.called_by_code = False
         #: why nothing is known of what reads what ("" where it is); then no rewrite is possible
         self.no_dataflow = ""
         #: (code, message, where) of everything the reader noticed and could live with

@@ -53,6 +53,8 @@ class _Trail:
         self.ops = {op.source: op for op in graph.ops}
         #: of each fold, in their order: (sources of the ops that it took out, what it has stored)
         self.folds = [(_taken(fold), _stored(fold)) for fold in plan.folds]
+        #: of each fold: (source of a norm that stays, slot) of what went forward
+        self.moved = [_moved(fold) for fold in plan.folds]
 
     def of(self, tensor: Tensor) -> Iterator[str]:
         for read in self.graph.readers(tensor):
@@ -61,7 +63,7 @@ class _Trail:
     def _from(self, source: Any, slot: str, start: int) -> Iterator[str]:
         """Where what an op reads at `slot` has gone, the first `start` folds being carried out."""
         for number, (taken, stored) in enumerate(self.folds[start:], start):
-            if source in taken:
+            if source in taken or (source, slot) in self.moved[number]:
                 for place in stored:
                     yield from self._from(*place, number + 1)
                 return
@@ -91,8 +93,12 @@ def _taken(fold: Fold) -> set[Any]:
     return changed | {op.source for op in fold.gone}
 
 
+def _moved(fold: Fold) -> set[tuple[Any, str]]:
+    return {(op.source, slot) for op in fold.moved_from for slot in fold.moved}
+
+
 def _stored(fold: Fold) -> list[tuple[Any, str]]:
-    """(source of the op, slot) of everything that a fold has stored."""
+    """(source of the op, slot) of everything that a fold has stored, but for what it left in a norm."""
     found: list[tuple[Any, str]] = []
     for edit in fold.edits:
         match edit:
@@ -102,4 +108,5 @@ def _stored(fold: Fold) -> list[tuple[Any, str]]:
                 found += [(op.source, slot) for slot in constants]
             case Insert(constants=constants):
                 found += [(edit, slot) for slot in constants]
-    return found
+    left = _moved(fold)
+    return [place for place in found if place not in left]

@@ -17,7 +17,8 @@ class FoldOptions:
     `only`, `skip`: shell patterns of norm names. `lower`: what becomes of BatchNorms that cannot be folded
     (one of LOWERINGS). `duplicate`: copy an op whose output others read too. `border_maps`: let a padded Conv
     take a shift as a constant of the size of its output. `requantise`: let a quantised bias take a
-    shift rounded to its grid, with the error stated in the proof: the one fold that is not exact.
+    shift rounded to its grid, with the error stated in the proof: the one fold that is not exact. `affine`:
+    move γ and β of LayerNorm, RMSNorm, GroupNorm and InstanceNorm into what reads them.
     """
 
     freeze: bool = False
@@ -27,6 +28,7 @@ class FoldOptions:
     duplicate: bool = False
     border_maps: bool = False
     requantise: bool = False
+    affine: bool = False
 
     def __post_init__(self) -> None:
         if self.lower is not None and self.lower not in LOWERINGS:

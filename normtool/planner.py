@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from normtool import norm_affine
 from normtool.affine import Affine
 from normtool.constants import Constants
 from normtool.detect import find_norms
@@ -67,11 +68,15 @@ class Fold:
     proof: Proof | None = None
     #: what a copied op stores a second time
     added_bytes: int = 0
+    #: of a norm that stays: which of its `weight` and `bias` went forward, and the ops that had them
+    moved: tuple[str, ...] = ()
+    moved_from: tuple[Op, ...] = ()
 
     @property
     def into(self) -> tuple[str, ...]:
         changed = [edit.op.name for edit in self.edits if not isinstance(edit, Splice) and hasattr(edit, "op")]
-        return tuple(dict.fromkeys(name for name in changed if name not in {op.name for op in self.gone}))
+        apart = {op.name for op in (*self.gone, *self.moved_from)}
+        return tuple(dict.fromkeys(name for name in changed if name not in apart))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +97,8 @@ class Site:
             "reasons": [reason.to_dict() for reason in self.reasons],
             "proof": self.fold.proof.to_dict() if self.fold and self.fold.proof else None,
         }
+        if self.fold is not None and self.fold.moved:
+            site["moved"] = list(self.fold.moved)
         if self.fold is not None and self.fold.added_bytes:
             site["added"] = {"ops": 1, "bytes": self.fold.added_bytes}
         return site
@@ -230,6 +237,10 @@ class _Planner:
         self.folded: dict[Op, Fold] = {}
         #: op → why the sum of branches that it is part of stays
         self.unmerged: dict[Op, tuple[Reason, ...]] = {}
+        #: path of a fold → what it took from a norm that stays; tried last, if several were
+        self.moved: dict[Path, tuple[str, ...]] = {}
+        #: norm that stays → the fold that took its γ and β along
+        self.stripped: dict[Norm, Fold] = {}
 
     def plan(self, fingerprint: str, progress: Progress) -> Plan:
         norms = find_norms(self.original, Constants(self.original, self.options.freeze))
@@ -256,6 +267,8 @@ class _Planner:
             left = [norm for norm in left if norm.op not in self.folded]
             # what one fold has taken away may have stood in another's way
             stage = 0 if stage and len(self.folds) > made else stage + 1
+        if self.options.affine:
+            reasons |= self._strip_norms([norm for norm in order if norm.kind != "batch_norm"])
         sites = [self._site(norm, tuple(reasons[norm])) for norm in norms]
         return Plan((*sites, *chains), tuple(self.folds), fingerprint, self.options.freeze)
 
@@ -263,11 +276,12 @@ class _Planner:
 
     def _site(self, norm: Norm, reasons: tuple[Reason, ...]) -> Site:
         fold = self.folded.get(norm.op) if norm.op is not None else None
+        fold = self.stripped.get(norm, fold)
         if fold is None:
             unmerged = self.unmerged.get(norm.op, ()) if norm.op is not None else ()
             return Site(norm, KEPT, tuple(dict.fromkeys((*unmerged, *reasons))))
-        if norm.op in self.lowered:
-            return Site(norm, LOWERED, reasons, fold)
+        if norm.op in self.lowered or norm in self.stripped:
+            return Site(norm, LOWERED if norm.op in self.lowered else FOLDED, reasons, fold)
         return Site(norm, FOLDED, fold=fold)
 
     def _obstacles(self, norm: Norm) -> tuple[Reason, ...]:
@@ -277,7 +291,7 @@ class _Planner:
         if "y" not in self.graph.outputs(norm.op):
             return (Reason("malformed", "it has no output", norm.name),)
         if not self.options.chooses(norm.name):
-            return (Reason("not_selected", "it is not among the norms that were chosen", norm.name),)
+            return (_not_selected(norm),)
         if norm.op.domain == "" and norm.op.version < OLDEST_OPSET:
             message = f"opset {norm.op.version} is older than {OLDEST_OPSET}"
             return (Reason("unsupported_op", message, norm.name),)
@@ -531,18 +545,60 @@ class _Planner:
                 sites.append(Site(_as_norm(op), FOLDED, fold=fold))
         return sites
 
+    # ---- norms that stay --------------------------------------------------------------
+
+    def _strip_norms(self, norms: Sequence[Norm]) -> dict[Norm, dict[Reason, None]]:
+        """Take γ and β of norms that stay to what reads them; why some or all of that stays too."""
+        found: dict[Norm, dict[Reason, None]] = {}
+        constants = Constants(self.original, self.options.freeze)
+        for norm in norms:
+            tail = norm_affine.tail_of(constants, norm)
+            if tail is None or any(self.graph.current(op) is not op for op in tail.ops):
+                continue
+            if not self.options.chooses(norm.name):
+                found[norm] = dict.fromkeys((_not_selected(norm),))
+                continue
+            try:
+                self.stripped[norm], reasons = self.strip_affine(tail)
+            except Stopped as stopped:
+                reasons = stopped.reasons
+            if reasons:
+                found[norm] = dict.fromkeys(reasons)
+            elif norm in self.stripped:
+                found[norm] = {}
+        return found
+
+    def strip_affine(
+        self, tail: norm_affine.Tail, wanted: Sequence[norm_affine.Parts] = norm_affine.WAYS
+    ) -> tuple[Fold, tuple[Reason, ...]]:
+        """Take γ and β of a norm to what reads it, in the first of the ways `wanted` that ends well.
+
+        Returns the fold, and why the ways before it failed. Raises Stopped with every reason; with none where
+        there is no γ and no β that does anything.
+        """
+        reasons: dict[Reason, None] = {}
+        for parts in norm_affine.ways(self.around, tail, wanted):
+            try:
+                walk = norm_affine.stripped(self.around, tail, parts)
+                return self._fold(walk, parts, tail.ops), tuple(reasons)
+            except Stopped as stopped:
+                reasons |= dict.fromkeys(stopped.reasons)
+        raise Stopped(*reasons)
+
     # ---- committing -------------------------------------------------------------------
 
-    def _fold(self, walk: Walk) -> Fold:
+    def _fold(self, walk: Walk, moved: tuple[str, ...] = (), moved_from: tuple[Op, ...] = ()) -> Fold:
         """Carry the walk's edits out on the draft. Raises Stopped if this fold was taken back before."""
         met = sorted(walk.met, key=lambda op: self.order.get(op, 0.0))
         path = tuple(met)
+        self.moved[path] = moved
         if self.key(path) in self.forbidden:
             raise Stopped(*self.forbidden[self.key(path)])
         before = steps_of(self.graph, self.constants, walk.carried, walk.met)
         gone = tuple(edit.op for edit in walk.edits if isinstance(edit, Splice))
         self._carry_out(walk.edits)
-        fold = Fold(path, gone, tuple(walk.edits), before.after(self.graph, self.constants, walk.edits))
+        steps = before.after(self.graph, self.constants, walk.edits)
+        fold = Fold(path, gone, tuple(walk.edits), steps, moved=moved, moved_from=moved_from)
         self._note(fold)
         return fold
 
@@ -565,10 +621,15 @@ class _Planner:
             self.took_in.update(edit.op for edit in fold.edits if isinstance(edit, Rebind))
 
     def key(self, path: Path) -> Key:
-        return tuple((self.graph.origin(op), op.kind) for op in path)
+        ops = tuple((self.graph.origin(op), op.kind) for op in path)
+        return (*ops, *((self.graph.origin(path[0]), part) for part in self.moved.get(path, ())))
 
     def _place(self, op: Op) -> float:
         return self.order.get(op, 0.0)
+
+
+def _not_selected(norm: Norm) -> Reason:
+    return Reason("not_selected", "it is not among the norms that were chosen", norm.name)
 
 
 def _as_norm(op: Op) -> Norm:

@@ -259,6 +259,16 @@ def _batch_norm(known: _Known) -> Settled:
     return Settled({"x": (2, channels, *[_SMALL] * (rank - 2))})
 
 
+def _norm_per_channel(known: _Known) -> Settled:
+    """GroupNorm and InstanceNorm: all channels, which γ may state once for each group of them."""
+    tensor, weight = known.form.data["x"], known.form.constants.get("weight")
+    lengths = known.shapes.lengths(tensor)
+    groups = int(known.form.attributes.get("num_groups") or 1)
+    stated = {**known.fixed(known.outputs["y"]), **known.fixed(tensor)}.get(1) or lengths[1]
+    channels = stated or (weight.shape[0] if weight is not None and groups == 1 else 2 * groups)
+    return Settled({"x": (2, channels, *[_SMALL] * (len(lengths) - 2))})
+
+
 def _embedding(known: _Known) -> Settled:
     if "table" in known.form.data:
         lengths, fixed = (
@@ -475,6 +485,8 @@ _SETTLE: Mapping[str, Callable[[_Known], Settled]] = {
     "matmul": _matmul,
     "attention": _attention,
     "batch_norm": _batch_norm,
+    "group_norm": _norm_per_channel,
+    "instance_norm": _norm_per_channel,
     "embedding": _embedding,
     "gather_nd": _picked,
     "index": _picked,

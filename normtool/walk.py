@@ -111,6 +111,11 @@ class Walk:
         self._splice(op, merge.slot)
         self._supply(op, "y", merge.inner)
 
+    def start_behind(self, op: Op, affine: Affine) -> None:
+        """`op` stays, changed by edits that are known: what it used to put out is `affine` of what it will."""
+        self.met[op] = None
+        self._supply(op, "y", affine)
+
     def leave_shift(self, op: Op, merge: Merge, ahead: bool) -> None:
         """Let an Add stand where `op` was: s·x, then + t; `ahead`, + t/s and then s·x."""
         affine = merge.inner

@@ -83,6 +83,7 @@ def read_module(module: nn.Module, example: Example | None, why_not: str = "") -
         except ExportFailed as error:
             why_not = f"torch.export fails: {error}"
     graph = ModelGraph()
+    graph.called_by_code = True
     tensors = add_to_graph(graph, state)
     _note_state(graph, state)
     if program is None:
