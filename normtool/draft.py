@@ -5,10 +5,13 @@ BatchNorm whose predecessor is gone reads what that read. Ops and tensors are th
 no edit replaces them; only the edges that edits change are held here, so a draft costs what was changed.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from normtool.edits import Copy, Edit, Insert, Rebind, Replace, Splice
-from normtool.graph import ModelGraph, Op, Read, Role, Tensor
+import numpy as np
+
+from normtool.edits import Copy, Edit, Graft, Insert, Part, Rebind, Replace, Splice
+from normtool.graph import ModelGraph, Op, Read, Role, Scope, Shape, Tensor
 from normtool.ops import ROWS
 from normtool.values import Value
 
@@ -31,9 +34,14 @@ class Draft(ModelGraph):
         self.heirs: dict[Op, Op] = {}
         self.spliced: set[Op] = set()
         #: ops that edits have made → the op that each was made from, or put behind
-        self.made: dict[Op, Op] = {}
+        self.made: dict[Op, Op | None] = {}
         #: what an edit has put in
-        self.put_in: dict[Insert | Copy, Op] = {}
+        self.put_in: dict[Insert | Copy | Graft, Op] = {}
+        #: the ops of each graft, in the order of its parts; `put_in` has the last
+        self.grafted: dict[Graft, tuple[Op, ...]] = {}
+        #: (domain, function or "") → opset version of the graph's ops there
+        self._versions: dict[tuple[str, str], int] = {}
+        self._names: set[str] = set()
 
     # ---- asking -----------------------------------------------------------------------
 
@@ -72,19 +80,19 @@ class Draft(ModelGraph):
 
     def origin(self, op: Op) -> Op:
         """The op of the original graph that an op stands for, or behind."""
-        while op in self.made:
-            op = self.made[op]
+        while (behind := self.made.get(op)) is not None:
+            op = behind
         return op
 
     # ---- edges ------------------------------------------------------------------------
 
     def _connect(self, op: Op, slot: str, tensor: Tensor | None) -> None:
         """Let `op` read `tensor` at `slot`, or nothing."""
-        old = self.input(op, slot) if op in self else None
-        self._ins[op] = self.inputs(op) if op in self else {}
+        if op not in self._ins:
+            self._ins[op] = self.base.inputs(op)
+        old = self._ins[op].pop(slot, None)
         if old is not None:
             self._own_reads(old).pop((op, slot), None)
-            del self._ins[op][slot]
         if tensor is not None:
             self._own_reads(tensor)[op, slot] = None
             self._ins[op][slot] = tensor
@@ -94,7 +102,7 @@ class Draft(ModelGraph):
             self._reads[tensor] = {(read.op, read.slot): None for read in self.readers(tensor)}
         return self._reads[tensor]
 
-    def _put(self, op: Op, behind: Op, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+    def _put(self, op: Op, behind: Op | None, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         self.made[op] = behind
         self._ins[op], self._outs[op] = {}, dict(outputs)
         for slot, tensor in inputs.items():
@@ -120,6 +128,8 @@ class Draft(ModelGraph):
                 self._insert(edit)
             case Copy():
                 self._copy(edit)
+            case Graft():
+                self._graft(edit)
 
     def _living(self, op: Op) -> Op:
         found = self.current(op)
@@ -169,7 +179,7 @@ class Draft(ModelGraph):
             self._bind(heir, slot, rebind.value, rebind.name)
 
     def _insert(self, edit: Insert) -> None:
-        new = Tensor(f"{edit.tensor.name}.{edit.kind}", edit.tensor.scope, Role.ACTIVATION)
+        new = Tensor(f"{edit.tensor.name}.{edit.kind}", edit.tensor.scope, source=edit)
         new.dtype, new.shape = edit.tensor.dtype, edit.tensor.shape
         self._read_instead(edit.tensor, new)
         op = self._new_op(edit.behind, edit.kind, dict(edit.attributes), edit)
@@ -182,7 +192,7 @@ class Draft(ModelGraph):
         op, reader = self._living(edit.op), self._living(edit.reader)
         old = self.input(reader, edit.slot)
         assert old is not None
-        new = Tensor(f"{old.name}.copy", old.scope, Role.ACTIVATION, old.dtype, old.shape)
+        new = Tensor(f"{old.name}.copy", old.scope, Role.ACTIVATION, old.dtype, old.shape, source=edit)
         twin = Op(
             *(f"{op.name}.copy", op.kind, op.scope, op.spelling, op.domain, op.version, op.attributes, edit),
             *(op.owner, op.call),
@@ -191,6 +201,66 @@ class Draft(ModelGraph):
         self._connect(reader, edit.slot, new)
         self.put_in[edit] = twin
 
+    def _graft(self, edit: Graft) -> None:
+        everyone = self.readers(edit.tensor)  # before the parts are
+        readers = everyone if edit.readers is None else edit.readers
+        maker = self.producer(edit.tensor)
+        behind = maker or next((read.op for read in everyone), None)
+        made: list[Op] = []
+        for number, part in enumerate(edit.parts):
+            found = {
+                slot: self.output(made[source]) if isinstance(source, int) else source
+                for slot, source in part.inputs.items()
+            }
+            result = self._result_of(edit, number, part, found)
+            op = self._part(edit, number, maker)
+            self._put(op, behind, found, {"y": result})
+            for slot, (name, value) in part.constants.items():
+                self._bind(op, slot, value, name)
+            made.append(op)
+        for read in readers:
+            self._connect(self._living(read.op), read.slot, self.output(made[-1]))
+        self.grafted[edit], self.put_in[edit] = tuple(made), made[-1]
+        self._forget_unread(edit.tensor)
+
+    def _result_of(self, edit: Graft, number: int, part: Part, inputs: Mapping[str, Tensor]) -> Tensor:
+        name = self._unused(f"{edit.tensor.name}.{part.kind}")
+        new = Tensor(name, edit.tensor.scope, dtype=edit.tensor.dtype, source=(edit, number))
+        if number == len(edit.parts) - 1:
+            new.shape = edit.tensor.shape
+            return new
+        first = next(iter(inputs.values()), edit.tensor)
+        new.dtype = np.dtype(part.attributes["to"]) if part.kind == "cast" else first.dtype or new.dtype
+        new.shape = _reduced(part, first.shape) if part.kind.startswith("reduce_") else first.shape
+        return new
+
+    def _part(self, edit: Graft, number: int, maker: Op | None) -> Op:
+        part, scope = edit.parts[number], edit.tensor.scope
+        first = ROWS[part.kind].spellings[0]
+        spelling, domain = (part.op_type, part.domain) if part.op_type else (first.op_type, first.domain)
+        name = self._unused(f"{edit.tensor.name}.{part.kind}.op")
+        owner, call = (maker.owner, maker.call) if maker is not None else ("", 0)
+        version = self._version(domain, scope)
+        attributes = dict(part.attributes)
+        return Op(name, part.kind, scope, spelling, domain, version, attributes, (edit, number), owner, call)
+
+    def _unused(self, wish: str) -> str:
+        name, number = wish, 0
+        while name in self._names:
+            number += 1
+            name = f"{wish}_{number}"
+        self._names.add(name)
+        return name
+
+    def _version(self, domain: str, scope: Scope) -> int:
+        """The opset of a domain in the main graph or in a function, by the ops that are there."""
+        place = scope.path[0] if scope.function else ""
+        if not self._versions:
+            for op in self.base.ops:
+                inside = op.scope.path[0] if op.scope.function else ""
+                self._versions.setdefault((op.domain, inside), op.version)
+        return self._versions.get((domain, place), 1)
+
     def _new_op(self, old: Op, kind: str, attributes: dict[str, Any], source: Any) -> Op:
         same = kind == old.kind and not isinstance(source, Insert)
         spelling, domain = (old.spelling, old.domain) if same else (ROWS[kind].spellings[0].op_type, "")
@@ -198,3 +268,14 @@ class Draft(ModelGraph):
             *(old.name, kind, old.scope, spelling, domain, old.version, attributes, source),
             *(old.owner, old.call),
         )
+
+
+def _reduced(part: Part, shape: Shape | None) -> Shape | None:
+    """The shape behind a reduction, where its axes are known."""
+    axes = part.attributes.get("axes")
+    if shape is None or axes is None:
+        return None
+    gone = {axis % len(shape) for axis in axes}
+    if part.attributes.get("keepdims", 1):
+        return tuple(1 if axis in gone else length for axis, length in enumerate(shape))
+    return tuple(length for axis, length in enumerate(shape) if axis not in gone)

@@ -1,7 +1,7 @@
 """What a plan may do to a model. Rules make edits; only format writers carry them out.
 
 Edits are carried out in their order. An op that an earlier edit has replaced, or put in, is an op of the
-`Draft`: it has the `source` of the old one, or the `Insert` itself.
+`Draft`: it has the `source` of the old one, or the `Insert` or `Copy` itself, or (graft, number of the part).
 """
 
 from collections.abc import Iterable, Mapping
@@ -75,8 +75,8 @@ class Copy:
 class Part:
     """One op of a `Graft`.
 
-    `inputs`: slot → a tensor that is there, or the number of an earlier part. `constants` fill other slots; their
-    names are wishes. `op_type` and `domain` name the spelling where it is not the first of the kind's row.
+    `inputs`: slot → a tensor that is there, or the number of an earlier part. `constants` fill other slots;
+    their names are wishes. `op_type` and `domain` name the spelling, where that is not the first of the row.
     """
 
     kind: str
@@ -135,7 +135,7 @@ def consolidated(edits: Iterable[Edit]) -> tuple[Edit, ...]:
             case Insert():
                 if edit in gone:
                     continue
-            case Copy():
+            case Copy() | Graft():
                 pass
         kept.append(edit)
     return tuple(reversed(kept))

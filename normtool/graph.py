@@ -45,6 +45,7 @@ class Tensor:
     `overridable`: the caller may pass another value at run time, so the stored one proves nothing.
     `written`: an op changes it in place, so neither does the stored one.
     `frozen`: a parameter that does not ask for a gradient (PyTorch says so, ONNX cannot).
+    `source` is what puts out a tensor that no reader has made: the edit, or (graft, number of the part).
     """
 
     name: str
@@ -57,6 +58,7 @@ class Tensor:
     stored_elements: int | None = None
     written: bool = False
     frozen: bool = False
+    source: Any = None
 
     def __repr__(self) -> str:
         return f"Tensor({self.name!r})"

@@ -18,7 +18,7 @@ from normtool.affine import Affine
 from normtool.constants import Constants
 from normtool.detect import find_norms
 from normtool.draft import Draft
-from normtool.edits import Copy, Edit, Insert, Rebind, Replace, Splice, consolidated
+from normtool.edits import Copy, Edit, Graft, Insert, Rebind, Replace, Splice, consolidated
 from normtool.graph import ModelGraph, Op
 from normtool.merging import Merged, Merger
 from normtool.norms import NORMS, Norm
@@ -612,6 +612,11 @@ class _Planner:
                     self.order[heir] = self._place(op)
                 case Insert(behind=op) | Copy(op=op):
                     self.order[self.graph.put_in[edit]] = self._place(op) + 0.5
+                case Graft(tensor=tensor):
+                    behind = self.graph.producer(tensor)
+                    place = self._place(behind) if behind is not None else -1.0
+                    place += (1 - place % 1) / 2  # grafts on grafts stay ahead of the next op
+                    self.order |= dict.fromkeys(self.graph.grafted[edit], place)
 
     def _note(self, fold: Fold) -> None:
         self.folds.append(fold)
