@@ -6,25 +6,30 @@ New weights stay what they are in the plan, values to be computed; the proto ref
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from normtool.edits import Copy, Edit, Insert, Rebind, Replace, Splice
+from normtool.edits import Copy, Edit, Graft, Insert, Part, Rebind, Replace, Splice
 from normtool.errors import NormtoolError, StalePlan
 from normtool.formats.onnx.model import OnnxModel
-from normtool.formats.onnx.read import all_containers, read_skeleton, walk_nodes
+from normtool.formats.onnx.read import all_containers, checker_message, read_skeleton, walk_nodes
 from normtool.formats.onnx.wire import PENDING
-from normtool.graph import Op, Scope, Tensor
-from normtool.ops import ROWS, find_spelling
+from normtool.graph import GRAPH_OUTPUT, Op, Read, Scope, Tensor
+from normtool.ops import ATEN, MICROSOFT, ROWS, find_spelling
 from normtool.planner import Plan
-from normtool.values import Value, byte_count, to_array
+from normtool.values import Dense, Value, byte_count, to_array
 
 Container = GraphProto | FunctionProto
 
 #: (id of a graph or function, name): siblings may use one name twice.
 Key = tuple[int, str]
+
+#: What reads a tensor: (number of a node, which input), or (graph or function, which output).
+Place = tuple[int | Container, int]
 
 #: New tensors up to this many bytes are put into the proto at once.
 INLINE_BYTES = 1 << 16
@@ -90,8 +95,10 @@ class _Rewriter:
         bodies = [body for body, _ in self.around.values()]
         #: every graph and function; held here, so that each has one id as long as this lives
         self.all: list[Container] = _distinct([self.main, *bodies, *self.proto.functions])
-        #: what an edit has put in → its number among the nodes
-        self.inserted: dict[Insert | Copy, int] = {}
+        #: what an edit has put in, as `Op.source` names it → its number among the nodes
+        self.inserted: dict[Any, int] = {}
+        #: what the parts of grafts read
+        self.grafted: set[Key] = set()
         self.names = _all_names(self.proto)
         self.pending: dict[str, Value] = {}
         # sibling bodies may use one name twice, so a name means something only within its container
@@ -117,7 +124,7 @@ class _Rewriter:
         tensors = self.model.tensors.with_pending(self.pending)
         rewritten = read_skeleton(self.proto, tensors, path=None, file=self.model.file)
         rewritten.external = self.model.external
-        if self.model.checked and not rewritten.checked:
+        if self.model.checked and not rewritten.checked and not _is_accepted_by_runtime(self.proto):
             raise NormtoolError(f"the rewritten model fails the ONNX checker: {rewritten.checker_message}")
         return rewritten
 
@@ -134,6 +141,12 @@ class _Rewriter:
                 case Insert(kind=kind):
                     slots, inputs = ROWS[kind].spellings[0].slots, self.nodes[self.inserted[edit]].input
                     found |= {(edit, slot): inputs[slots.index(slot)] for slot in edit.constants}
+                case Graft(parts=parts):
+                    for i, part in enumerate(parts):
+                        number = self.inserted[edit, i]
+                        slots = self._slots_of_part(part, self.containers[number])
+                        inputs = self.nodes[number].input
+                        found |= {((edit, i), slot): inputs[slots.index(slot)] for slot in part.constants}
         return found
 
     # ---- edits ----------------------------------------------------------------------------
@@ -150,12 +163,12 @@ class _Rewriter:
                 self.insert(edit)
             case Copy():
                 self.copy(edit)
+            case Graft():
+                self.graft(edit)
 
     def _number(self, op: Op) -> int:
         """The node an op stands for."""
-        if isinstance(op.source, Insert | Copy):
-            return self.inserted[op.source]
-        number: int = op.source
+        number: int = self.inserted.get(op.source, op.source)
         return number
 
     def rebind(self, edit: Rebind) -> None:
@@ -170,7 +183,7 @@ class _Rewriter:
                 self._restate(container, old, edit.value)
             self.store(stored, old, edit.value)
             return
-        self._connect(edit.op, node, position, edit)
+        self._connect(number, position, edit.name, edit.value)
         self.displaced.add((id(self.containers[number]), old))
 
     def splice(self, edit: Splice) -> None:
@@ -238,7 +251,7 @@ class _Rewriter:
             node.attribute.remove(attribute)
         node.attribute.extend(helper.make_attribute(name, value) for name, value in changed.items())
         for slot, rebind in edit.constants.items():
-            self._connect(edit.op, node, slots.index(slot), rebind)
+            self._connect(number, slots.index(slot), rebind.name, rebind.value)
 
     def insert(self, edit: Insert) -> None:
         """The new op puts out the old name, so that readers, outputs and bodies find it."""
@@ -256,11 +269,10 @@ class _Rewriter:
             **edit.attributes,
         )
         node.input[spelling.slots.index(edit.slot)] = maker.output[position]
-        number = self._put_behind(behind, node, edit)
         self.producer[id(container), maker.output[position]] = behind
-        self.producer[id(container), name] = number
+        number = self._put_behind(behind, container, node, edit)
         for slot, rebind in edit.constants.items():
-            self._connect(edit.behind, self.nodes[number], spelling.slots.index(slot), rebind)
+            self._connect(number, spelling.slots.index(slot), rebind.name, rebind.value)
 
     def copy(self, edit: Copy) -> None:
         """The same node once more; the reader gets its output."""
@@ -276,19 +288,194 @@ class _Rewriter:
         reader.input[position] = node.output[0]
         for name in reader.input:
             self.reads[key, name].add(self._number(edit.reader))
-        self.producer[key, node.output[0]] = self._put_behind(number, node, edit)
+        self._put_behind(number, self.containers[number], node, edit)
 
-    def _put_behind(self, behind: int, node: NodeProto, edit: Insert | Copy) -> int:
-        """A new node, listed right behind another one; returns its number."""
-        container, maker = self.containers[behind], self.nodes[behind]
-        place = next(i for i, each in enumerate(container.node) if each.output == maker.output)
-        container.node.insert(place + 1, node)
-        self.nodes.append(container.node[place + 1])
+    def _put_behind(self, behind: int | None, container: Container, node: NodeProto, source: Any) -> int:
+        """A new node, listed right behind another one, or first; returns its number."""
+        place = 0
+        if behind is not None:
+            maker = self.nodes[behind]
+            place = 1 + next(i for i, each in enumerate(container.node) if each is maker)
+        container.node.insert(place, node)
+        self.nodes.append(container.node[place])
         self.containers.append(container)
-        self.inserted[edit] = len(self.nodes) - 1
+        self.inserted[source] = number = len(self.nodes) - 1
         for name in node.input:
-            self.reads[id(container), name].add(self.inserted[edit])
-        return self.inserted[edit]
+            self.reads[id(container), name].add(number)
+        for name in node.output:
+            self.producer[id(container), name] = number
+        return number
+
+    # ---- grafts ---------------------------------------------------------------------------
+
+    def graft(self, edit: Graft) -> None:
+        container, name = self._whereabouts(edit.tensor)
+        if edit.readers is None:
+            places = list(self._readers_of(container, name))
+        else:
+            places = [self._place_of(read) for read in edit.readers]
+        last = self._put_parts(edit, container, name)
+        for holder, position in places:
+            if holder is self.main:
+                self._take_name(position, last)
+        for holder, position in places:
+            if holder is not self.main:
+                self._read_at(holder, position, container, self.nodes[last].output[0])
+        container, name = self._whereabouts(edit.tensor)
+        self.displaced.add((id(container), name))
+
+    def _whereabouts(self, tensor: Tensor) -> tuple[Container, str]:
+        """Where a tensor is made or stored, and what it is called by now."""
+        number, position = self.inserted.get(tensor.source), 0
+        if number is None:
+            graph = self.model.graph
+            own = tensor if tensor in graph.nodes else self._tensors[tensor.scope, tensor.name]
+            maker = graph.producer(own)
+            if maker is None:
+                return self.container_of[own.scope], own.name
+            number = maker.source
+            position = list(self._original_nodes[number].output).index(own.name)
+        return self.containers[number], self.nodes[number].output[position]
+
+    @cached_property
+    def _tensors(self) -> dict[tuple[Scope, str], Tensor]:
+        return {(tensor.scope, tensor.name): tensor for tensor in self.model.graph.tensors}
+
+    @cached_property
+    def _original_nodes(self) -> list[NodeProto]:
+        return [node for _, node in walk_nodes(self.model.proto)]
+
+    def _readers_of(self, container: Container, name: str) -> Iterator[Place]:
+        """Every place that reads a tensor, in bodies that capture it and among outputs too."""
+        key = id(container), name
+        far = key in self.exposed  # else only nodes of the same graph can read it
+        owner = self._owners() if far else lambda place, read: (place, read)
+        for number in range(len(self.nodes)) if far else sorted(self.reads[key]):
+            if number not in self.removed:
+                here, inputs = id(self.containers[number]), enumerate(self.nodes[number].input)
+                yield from ((number, i) for i, read in inputs if read == name and owner(here, read) == key)
+        for each in self.all if far else ():
+            outputs = enumerate(_names(each.output))
+            yield from ((each, i) for i, read in outputs if read == name and owner(id(each), read) == key)
+
+    def _place_of(self, read: Read) -> Place:
+        stem, _, position = read.slot.rpartition(".")
+        if read.op.kind == GRAPH_OUTPUT:
+            return self.container_of[read.op.scope], int(position)
+        number = self._number(read.op)
+        for attribute in self.nodes[number].attribute:
+            if attribute.name == stem and attribute.HasField("g"):
+                return attribute.g, int(position)
+        return number, _position(read.op, read.slot)
+
+    def _read_at(self, holder: int | Container, position: int, container: Container, name: str) -> None:
+        """Let one place read `name`, which lies in `container`."""
+        if isinstance(holder, int):
+            inputs, here = self.nodes[holder].input, self.containers[holder]
+            self._unread(holder)
+            inputs[position] = name
+            for each in inputs:
+                self.reads[id(here), each].add(holder)
+            if here is container:
+                return
+        elif isinstance(holder, FunctionProto):
+            holder.output[position] = name
+        else:
+            holder.output[position].name = name
+        self.exposed.add((id(container), name))
+
+    def _take_name(self, position: int, number: int) -> None:
+        """Let a node put out the graph output at `position`.
+
+        Whoever else reads that goes on reading what it was.
+        """
+        name = self.main.output[position].name
+        before = self.producer.get((id(self.main), name))
+        if before is None:
+            raise NormtoolError(f"output {name!r} is an input or a stored tensor and cannot become another")
+        readers = [place for place in self._readers_of(self.main, name) if place[0] is not self.main]
+        raw, old = self._fresh(f"{name}.raw"), self.nodes[number].output[0]
+        outputs = self.nodes[before].output
+        outputs[list(outputs).index(name)] = raw
+        self.nodes[number].output[0] = name
+        del self.producer[id(self.main), old]
+        self.producer |= {(id(self.main), raw): before, (id(self.main), name): number}
+        for holder, i in readers:
+            self._read_at(holder, i, self.main, raw)
+        self.displaced.add((id(self.main), raw))
+
+    def _put_parts(self, edit: Graft, container: Container, name: str) -> int:
+        """The nodes of a graft, listed behind what they read; returns the number of the last."""
+        known = [t for part in edit.parts for t in part.inputs.values() if isinstance(t, Tensor)]
+        keys = [(id(holder), read) for holder, read in map(self._source_of, known) if holder is container]
+        makers = {
+            id(self.nodes[self.producer[key]]): self.producer[key] for key in keys if key in self.producer
+        }
+        listed = [makers[id(node)] for node in container.node if id(node) in makers]
+        behind = listed[-1] if listed else None
+        for number, part in enumerate(edit.parts):
+            behind = self._put_part(edit, number, part, container, f"{name}.{part.kind}", behind)
+        assert behind is not None
+        return behind
+
+    def _source_of(self, tensor: Tensor) -> tuple[Container | None, str]:
+        """`_whereabouts`; nowhere for a constant that an edit has bound."""
+        bound = tensor.value is not None and (tensor.scope, tensor.name) not in self._tensors
+        return (None, "") if bound else self._whereabouts(tensor)
+
+    def _put_part(
+        self, edit: Graft, index: int, part: Part, container: Container, wish: str, behind: int | None
+    ) -> int:
+        op_type, domain = _spelling_of(part)
+        self._import(domain, container)
+        slots = self._slots_of_part(part, container)
+        stated = {name: _stated(value) for name, value in part.attributes.items() if name not in slots}
+        node = helper.make_node(op_type, [], [self._fresh(wish)], self._fresh(f"{wish}.node"), **stated)
+        node.domain = domain
+        constants = dict(part.constants)
+        for slot, source in part.inputs.items():
+            if isinstance(source, int):
+                _feed(node, _slot_position(slots, slot), self.nodes[self.inserted[edit, source]].output[0])
+                continue
+            holder, read = self._source_of(source)
+            if holder is None:
+                assert source.value is not None
+                constants[slot] = source.name, source.value
+                continue
+            _feed(node, _slot_position(slots, slot), read)
+            self.grafted.add((id(holder), read))
+            if holder is not container:
+                self.exposed.add((id(holder), read))
+        number = self._put_behind(behind, container, node, (edit, index))
+        for name in set(part.attributes) & set(slots):  # an attribute once, an input since
+            constants[name] = f"{wish}.{name}", Dense(np.array(part.attributes[name], np.int64))
+        for slot, (name, value) in constants.items():
+            self._connect(number, _slot_position(slots, slot), name, value)
+        return number
+
+    def _slots_of_part(self, part: Part, container: Container) -> tuple[str, ...]:
+        op_type, domain = _spelling_of(part)
+        found = find_spelling(domain, op_type, self._versions(container).get(domain, 1))
+        return found[0].slots if found else ROWS[part.kind].spellings[0].slots
+
+    def _imports(self, container: Container) -> Any:
+        """The opsets that a container is written in: the model's, or the function's that it lies in."""
+        place = id(container)
+        while place in self.around:
+            place = self.around[place][1]
+        return next((f for f in self.proto.functions if id(f) == place), self.proto).opset_import
+
+    def _versions(self, container: Container) -> dict[str, int]:
+        return {e.domain.removeprefix("ai.onnx"): e.version for e in self._imports(container)}
+
+    def _import(self, domain: str, container: Container) -> None:
+        """Say that nodes of `domain` occur there, if nothing has said so yet."""
+        for imports, known in (
+            (self.proto.opset_import, self._versions(self.main)),
+            (self._imports(container), self._versions(container)),
+        ):
+            if domain not in known and domain not in (each.domain for each in imports):
+                imports.add(domain=domain, version=self._versions(self.main).get(domain, 1))
 
     def graph_outputs(self, op: Op) -> list[Tensor]:
         return list(self.model.graph.outputs(self.ops[op.source]).values())
@@ -314,7 +501,7 @@ class _Rewriter:
 
     def _owned_by(self, op: Op, slot: str, name: str) -> bool:
         """Is `name` an initializer that only this slot reads, so that its numbers may change in place?"""
-        original = None if isinstance(op.source, Insert | Copy) else self.ops.get(op.source)
+        original = self.ops.get(op.source)
         tensor = self.model.graph.input(original, slot) if original is not None else None
         return (
             tensor is not None
@@ -322,28 +509,26 @@ class _Rewriter:
             and not tensor.overridable
             and len(self.model.graph.readers(tensor)) == 1
             and tensor.name == name
-            and (id(self.containers[op.source]), name) in self.stored
+            and (id(self.containers[op.source]), name) in self.stored.keys() - self.grafted
         )
 
-    def _connect(self, op: Op, node: NodeProto, position: int, rebind: Rebind) -> None:
-        """Feed input `position` from a new constant with a name that no scope uses."""
-        name = self._fresh(rebind.name)
-        container = self.containers[self._number(op)]
+    def _connect(self, number: int, position: int, wish: str, value: Value) -> None:
+        """Feed an input of a node from a new constant with a name that no scope uses."""
+        name, container = self._fresh(wish), self.containers[number]
         # before IR version 4 every initializer had to be listed among the inputs; a body's list is not ours
         listed = self.proto.ir_version < 4
         if isinstance(container, GraphProto) and (container is self.main or not listed):
-            self.store(container.initializer.add(), name, rebind.value)
+            self.store(container.initializer.add(), name, value)
             if listed:
-                container.input.append(_value_info(name, rebind.value))
+                container.input.append(_value_info(name, value))
         else:
             constant = helper.make_node("Constant", [], [name])
             attribute = constant.attribute.add(name="value", type=onnx.AttributeProto.TENSOR)
-            self.store(attribute.t, name, rebind.value, inline=True)
+            self.store(attribute.t, name, value, inline=True)
             container.node.insert(0, constant)
             self.nodes.append(container.node[0])
             self.containers.append(container)
-        node.input.extend([""] * (position + 1 - len(node.input)))
-        node.input[position] = name
+        _feed(self.nodes[number], position, name)
 
     def store(self, tensor: TensorProto, name: str, value: Value, inline: bool = False) -> None:
         """Let `tensor` hold `value`: at once if it is small, else when the model is written."""
@@ -497,15 +682,59 @@ def _names(repeated: Iterable[Any]) -> Iterator[str]:
 
 def _slots_of(kind: str, op: Op) -> tuple[str, ...]:
     """The input slots of a node: of `op` as it is spelled, or of the kind it turns into."""
+    if kind not in ROWS:
+        return ("in*",)
     if kind == op.kind and (found := find_spelling(op.domain, op.spelling, op.version)):
         return found[0].slots
     return ROWS[kind].spellings[0].slots
 
 
 def _position(op: Op, slot: str) -> int:
+    return _slot_position(_slots_of(op.kind, op), slot)
+
+
+def _slot_position(slots: tuple[str, ...], slot: str) -> int:
     """Where the inputs of a node have a slot: `inputs.2` of a Concat is the third of its `inputs*`."""
-    slots, (stem, _, number) = _slots_of(op.kind, op), slot.rpartition(".")
+    stem, _, number = slot.rpartition(".")
+    if stem == "extra":  # beyond all that the table knows
+        return int(number)
     return slots.index(f"{stem}*") + int(number) if stem else slots.index(slot)
+
+
+def _feed(node: NodeProto, position: int, name: str) -> None:
+    node.input.extend([""] * (position + 1 - len(node.input)))
+    node.input[position] = name
+
+
+def _spelling_of(part: Part) -> tuple[str, str]:
+    """(operator, domain): what the part asks for, or the first that ONNX has for its kind."""
+    if part.op_type:
+        return part.op_type, part.domain
+    first = next((each for each in ROWS[part.kind].spellings if each.domain != ATEN), None)
+    if first is None:
+        raise NormtoolError(f"ONNX has no operator for {part.kind!r}")
+    return first.op_type, first.domain
+
+
+def _stated(value: Any) -> Any:
+    """An attribute as ONNX states it: a dtype is a number there."""
+    return helper.np_dtype_to_tensor_dtype(value) if isinstance(value, np.dtype) else value
+
+
+def _is_accepted_by_runtime(proto: onnx.ModelProto) -> bool:
+    """Is all that the checker minds an operator that ONNX Runtime has added to the standard's own domain?
+
+    SimplifiedLayerNormalization is one. The checker passes over nodes of other domains.
+    """
+    stand_in = onnx.ModelProto()
+    stand_in.CopyFrom(proto)
+    for _, node in walk_nodes(stand_in):
+        if not node.domain and not onnx.defs.has(node.op_type) and find_spelling("", node.op_type, 1):
+            node.domain = MICROSOFT
+    for holder in (stand_in, *stand_in.functions):
+        if MICROSOFT not in (each.domain for each in holder.opset_import):
+            holder.opset_import.add(domain=MICROSOFT, version=1)
+    return not checker_message(stand_in)
 
 
 def _distinct(containers: Iterable[Container]) -> list[Container]:
