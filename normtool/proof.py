@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from normtool.constants import Constants
-from normtool.edits import Edit, Insert, Rebind, Replace, Splice
+from normtool.edits import Edit, Graft, Insert, Rebind, Replace, Splice
 from normtool.graph import GRAPH_OUTPUT, ModelGraph, Op, Tensor
 from normtool.ops import ATEN, ROWS
 from normtool.probes import Shapes, UnknownRank, as_stated, settle
@@ -259,7 +259,7 @@ def prove(steps: Sequence[Step | Region], edits: Sequence[Edit]) -> Proof:
     The two checks read the same weights and share nothing else, so for large weights they run side by side:
     numpy lets go of the interpreter while it computes.
     """
-    if max((element_count(rebind.value.shape) for rebind in _rebinds(edits)), default=0) < BLOCK:
+    if max((element_count(value.shape) for _, value, _ in _stored(edits)), default=0) < BLOCK:
         count, worst, failures = _check_coefficients(edits)
         error, wrong = _check_equations(steps)
     else:
@@ -271,14 +271,18 @@ def prove(steps: Sequence[Step | Region], edits: Sequence[Edit]) -> Proof:
     return Proof(count, worst, error, (*failures, *wrong), coarse)
 
 
-def _rebinds(edits: Iterable[Edit]) -> list[Rebind]:
+def _stored(edits: Iterable[Edit]) -> list[tuple[str, Value, str]]:
+    """(name, content, name of the op or tensor it is for) of every constant that edits bring along."""
     found = []
     for edit in edits:
         match edit:
             case Rebind():
-                found.append(edit)
+                found.append((edit.name, edit.value, edit.op.name))
             case Replace() | Insert():
-                found += edit.constants.values()
+                found += [(each.name, each.value, each.op.name) for each in edit.constants.values()]
+            case Graft():
+                given = (constant for part in edit.parts for constant in part.constants.values())
+                found += [(name, value, edit.tensor.name) for name, value in given]
     return found
 
 
@@ -481,18 +485,18 @@ class _Magnitude:
 def _check_coefficients(edits: Iterable[Edit]) -> tuple[int, float, list[Reason]]:
     """(coefficients, the worst distance in ulp, what is wrong with them)."""
     count, worst, failures = 0, 0.0, []
-    for rebind in _rebinds(edits):
-        count += element_count(rebind.value.shape)
-        if not is_float(rebind.value.dtype):
+    for name, value, where in _stored(edits):
+        count += element_count(value.shape)
+        if not is_float(value.dtype):
             continue
-        fit = _fit(rebind.value)
+        fit = _fit(value)
         worst = max(worst, fit.ulp)
         if fit.overflows or fit.underflows:
             way = "overflows" if fit.overflows else "underflows"
-            message = f"a coefficient of {rebind.name!r} {way} {rebind.value.dtype}"
-            failures.append(Reason("range_overflow", message, rebind.op.name))
+            message = f"a coefficient of {name!r} {way} {value.dtype}"
+            failures.append(Reason("range_overflow", message, where))
         elif fit.ulp > HALF_ULP:
-            failures.append(Reason("internal", f"{rebind.name!r} is off by {fit.ulp:.3g} ulp", rebind.op.name))
+            failures.append(Reason("internal", f"{name!r} is off by {fit.ulp:.3g} ulp", where))
     return count, worst, failures
 
 

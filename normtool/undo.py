@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from normtool.edits import Rebind
-from normtool.errors import StalePlan, UnreadableModel
+from normtool.edits import Graft, Rebind
+from normtool.errors import StalePlan, UnreadableModel, UsageError
 from normtool.graph import Op, Tensor
 from normtool.planner import Plan
 from normtool.values import Array, Scaled, Value, row_blocks
@@ -46,7 +46,12 @@ class Division:
 
 
 def divisions(plan: Plan, original: Mapping[tuple[Op, str], Tensor], places: Places) -> dict[Tensor, Division]:
-    """Original tensor → how it comes out of the folded model. What is not here must be stored."""
+    """Original tensor → how it comes out of the folded model. What is not here must be stored.
+
+    Raises UsageError for a swap: what is centred has lost its mean for good.
+    """
+    if any(isinstance(edit, Graft) for edit in plan.edits):
+        raise UsageError("a swap cannot be undone from a record; keep the original")
     found: dict[Tensor, Division] = {}
     for edit in plan.edits:
         if not isinstance(edit, Rebind) or (edit.op, edit.slot) not in original:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from normtool.constants import Constants
-from normtool.edits import Edit, Insert, Rebind, Replace, Splice, consolidated
+from normtool.edits import Edit, Graft, Insert, Rebind, Replace, Splice, consolidated
 from normtool.errors import StalePlan, UsageError
 from normtool.formats.torch.blocks import Block, blocks_of, is_merge, same_numbers, unlike
 from normtool.formats.torch.export import first_line, is_of_torch
@@ -82,6 +82,10 @@ class _Review:
             return self._merge(fold)
         reasons: list[Reason] = []
         for edit in fold.edits:
+            if isinstance(edit, Graft):
+                message = f"the model's code hands on {edit.tensor.name!r} as it is"
+                reasons.append(Reason("no_module", message, edit.tensor.name))
+                continue
             if not isinstance(edit, Insert) and edit.op.source in self.vanish:
                 continue
             op = edit.behind if isinstance(edit, Insert) else self._original(edit.op)
@@ -334,7 +338,8 @@ def _groups(folds: Sequence[Fold], blocks: Sequence[Block]) -> list[list[Fold]]:
     groups: list[tuple[set[str], list[Fold]]] = []
     parts = {each.fold: block.owners for block in blocks for each in block.sums}
     for fold in folds:
-        touched, members = {edit.op.owner for edit in fold.edits if not isinstance(edit, Insert)}, [fold]
+        touched = {edit.op.owner for edit in fold.edits if not isinstance(edit, Insert | Graft)}
+        members = [fold]
         touched |= parts.get(fold, frozenset())
         apart = []
         for owners, others in groups:
