@@ -44,3 +44,37 @@ class FoldOptions:
         for pattern in (*self.only, *self.skip):
             if not any(fnmatchcase(name, pattern) for name in known):
                 raise UsageError(f"no norm is called {pattern!r}; `normtool scan -v` lists their names")
+
+
+#: What `swap` does with LayerNorms that an exact swap has to leave.
+MODES = ("exact", "centre", "approximate")
+
+#: Spellings of an RMSNorm in ONNX.
+TARGETS = ("onnx", "primitive", "ort")
+
+
+@dataclass(frozen=True)
+class SwapOptions:
+    """`mode`: "exact" swaps where that pays, "centre" all that can be, "approximate" the rest too, by dropping the mean.
+
+    `outputs`: names of the outputs that must stay as they are (None: all); the others go. `keep_affine`: leave γ
+    and β where they are. `target`: how an RMSNorm is spelled in ONNX (one of TARGETS). `only`, `skip`: shell
+    patterns of norm names. `freeze`: treat ONNX initializers that are also graph inputs as constants.
+    """
+
+    mode: str = "exact"
+    outputs: tuple[str, ...] | None = None
+    keep_affine: bool = False
+    target: str = "primitive"
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    freeze: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UsageError(f"mode={self.mode!r}: choose one of {', '.join(MODES)}")
+        if self.target not in TARGETS:
+            raise UsageError(f"target={self.target!r}: choose one of {', '.join(TARGETS)}")
+
+    chooses = FoldOptions.chooses
+    check = FoldOptions.check

@@ -177,7 +177,7 @@ def _plan_until_settled(
     forbidden: dict[Key, tuple[Reason, ...]] = {}
     proofs: dict[Any, Proof] = {}
     while True:
-        planner = _Planner(graph, options, forbidden)
+        planner = Planner(graph, options, forbidden)
         made = planner.plan(fingerprint, progress)
         against = {path: why for path, why in review(made.folds).items() if planner.key(path) not in forbidden}
         if not against:
@@ -206,7 +206,7 @@ def _proved(made: Plan, proofs: dict[Any, Proof]) -> Plan:
     return replace(made, sites=sites, folds=tuple(shown.values()))
 
 
-class _Planner:
+class Planner:
     """One pass over all norms."""
 
     def __init__(
@@ -389,12 +389,12 @@ class _Planner:
         before = region_of(self.graph, self.constants, path)
         source = next(iter(before[0][0].data.values()))
         copy = Copy(maker, op, merge.slot)
-        self._carry_out([copy])
+        self.carry_out([copy])
         twin = self.graph.put_in[copy]
         absorbed = rule.backward(self.constants, twin, wanted)
         assert isinstance(absorbed, Absorb)
         edits = (*absorbed.edits, Splice(op, merge.slot))
-        self._carry_out(edits)
+        self.carry_out(edits)
         after = form_of(self.graph, self.constants, twin)
         region = Region(twin, before, source, after, settle_region(before[0][0], self.graph))
         weights = [edit.value for edit in absorbed.edits if isinstance(edit, Rebind)]
@@ -423,6 +423,10 @@ class _Planner:
         except Stopped as stopped:
             return stopped.reasons
         return ()
+
+    def take_back(self, op: Op) -> Fold:
+        """Take a constant scale or shift into what makes its input. Raises Stopped."""
+        return self._fold(self._backward(op).grow())
 
     def _forward(self, op: Op) -> Walk:
         walk = Walk(self.around)
@@ -516,7 +520,7 @@ class _Planner:
             return
         before = region_of(self.graph, self.constants, path)
         source = merged.source
-        self._carry_out(merged.edits)
+        self.carry_out(merged.edits)
         after = form_of(self.graph, self.constants, merged.anchor)
         region = Region(merged.anchor, before, source, after, tap_shape(after))
         gone = tuple(op for op in path if self.graph.current(op) is None)
@@ -538,7 +542,7 @@ class _Planner:
             if channel_axis(self.constants, op) is None:
                 continue
             try:
-                fold = self._fold(self._backward(op).grow())
+                fold = self.take_back(op)
             except Stopped:
                 continue
             if op not in self.graph.made:  # what a norm has left behind is no site of its own
@@ -596,13 +600,13 @@ class _Planner:
             raise Stopped(*self.forbidden[self.key(path)])
         before = steps_of(self.graph, self.constants, walk.carried, walk.met)
         gone = tuple(edit.op for edit in walk.edits if isinstance(edit, Splice))
-        self._carry_out(walk.edits)
+        self.carry_out(walk.edits)
         steps = before.after(self.graph, self.constants, walk.edits)
         fold = Fold(path, gone, tuple(walk.edits), steps, moved=moved, moved_from=moved_from)
         self._note(fold)
         return fold
 
-    def _carry_out(self, edits: Sequence[Edit]) -> None:
+    def carry_out(self, edits: Sequence[Edit]) -> None:
         for edit in edits:
             self.graph.carry_out(edit)
             match edit:

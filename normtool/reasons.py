@@ -7,6 +7,7 @@ FOLDED = "folded"
 KEPT = "kept"
 LOWERED = "lowered"
 RESTORED = "restored"
+SWAPPED = "swapped"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
     "restored": (
         "The norm is back where a fold had taken it out.",
         "Nothing.",
+    ),
+    "swapped": (
+        "The LayerNorm is an RMSNorm now, with the same ε; the ops named under `into` write their output without its "
+        "mean, or have taken γ and β. `centring` says how many Centre ops were put in (`free`: none).",
+        "Nothing. Reasons beside it say why its β has stayed as an Add.",
     ),
     "kept": (
         "The norm is exactly where it was. Every reason is listed beside it.",
@@ -156,6 +162,34 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
     "hook": (
         "A hook on a module sees the tensor between the norm and what would absorb it.",
         "Remove the hook first, or fold the exported program (.pt2).",
+    ),
+    # ---- LayerNorm → RMSNorm
+    "not_layer_norm": (
+        "Only LayerNorms become RMSNorms.",
+        "Nothing.",
+    ),
+    "observed_mean": (
+        "Something reads the mean of what the LayerNorm normalises, so that mean cannot be left out where it is "
+        "written: an op that is no LayerNorm over the same axis, or an output of the model.",
+        "If it is an output that nobody needs, name the others with `--outputs`; `--mode centre` puts Centre ops in.",
+    ),
+    "not_centrable": (
+        "What writes the LayerNorm's input has no constants that could take the mean out: a nonlinearity, a depthwise "
+        "Conv, another norm's γ, a model input.",
+        "`--mode centre` puts a Centre op (ReduceMean, Sub) behind it.",
+    ),
+    "no_centre_gain": (
+        "The swap would need more than one Centre op for every two LayerNorms, and so cost more than it gains.",
+        "`--mode centre` does it all the same.",
+    ),
+    "scaled": (
+        "A constant per channel (a layer scale) stands between the LayerNorm and the weights, and could not be taken "
+        "into them.",
+        "See the reasons that stand beside it.",
+    ),
+    "second_moment_differs": (
+        "The LayerNorm's denominator is not √(mean((x − mean)²) + ε): an RMSNorm computes something else.",
+        "Nothing: the two differ.",
     ),
     # ---- what the reader notices (diagnostics)
     "checker": (
