@@ -216,3 +216,6 @@ _COMPUTE: Mapping[str, Callable[[Constants, Op, Inputs], Array]] = {
     "sub": _elementwise(np.subtract, "a", "b"),
     "mul": _elementwise(np.multiply, "a", "b"),
 }
+
+#: Kinds that make a constant of constants.
+COMPUTABLE = frozenset(_COMPUTE)

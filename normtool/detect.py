@@ -4,14 +4,12 @@ Native operators are found by kind (`evidence: op`), PyTorch's by the module the
 in primitive ops get their own finder here (`evidence: pattern`); the report already has its place for them.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from normtool.constants import Constants
 from normtool.graph import ModelGraph, NormModule, Op, Scope, Tensor
-from normtool.norms import NORMS, Axes, Norm, NormRow
+from normtool.norms import NORMS, Norm, axes_of, number
 
 
 def find_norms(graph: ModelGraph, constants: Constants | None = None) -> list[Norm]:
@@ -45,8 +43,8 @@ def _of_op(constants: Constants, op: Op, module: NormModule | None) -> Norm:
         kind=row.kind,
         spelling=f"{op.domain}::{op.spelling}" if op.domain else op.spelling,
         evidence=module.evidence if module else "op",
-        axes=_axes(constants, op, row, graph.rank(data) if data is not None else None),
-        eps=_number(constants.attribute(op, "epsilon")),
+        axes=axes_of(constants, op, graph.rank(data) if data is not None else None),
+        eps=number(constants.attribute(op, "epsilon")),
         learnable=module.learnable if module else _operands(graph, op, row.learnable),
         buffers=module.buffers if module else _operands(graph, op, row.buffers),
         calls=graph.calls.get(_function_of(op.scope), 1),
@@ -79,22 +77,6 @@ def _of_module(graph: ModelGraph, module: NormModule) -> Iterator[Norm]:
 def _last_ops(graph: ModelGraph, module: NormModule) -> dict[int, Op]:
     """The op that each call of a module ends with. (A frozen BatchNorm ends with the Add of its shift.)"""
     return {op.call: op for op in graph.ops if op.owner == module.path}
-
-
-def _axes(constants: Constants, op: Op, row: NormRow, rank: int | None) -> Axes | None:
-    """The normalised axes; a rank or an attribute the op cannot have leaves them unknown."""
-    try:
-        return row.axes(constants, op, rank)
-    except (TypeError, ValueError, ZeroDivisionError):
-        return None
-
-
-def _number(stated: Any) -> float | None:
-    """ε as a float; None where the operator has none, or states what is no finite number."""
-    try:
-        return float(stated) if math.isfinite(stated) else None
-    except TypeError:
-        return None
 
 
 def _operands(graph: ModelGraph, op: Op, slots: tuple[str, ...]) -> tuple[Tensor, ...]:

@@ -3,8 +3,10 @@
 A new norm op is a row in `ops.TABLE` and a row here.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from normtool.constants import Constants
 from normtool.graph import NormModule, Op, Scope, Tensor
@@ -118,3 +120,19 @@ NORMS: Mapping[str, NormRow] = {
     "lp_norm": NormRow("lp_norm", _given_axis),
     "local_response_norm": NormRow("local_response_norm", _channel_window),
 }
+
+
+def axes_of(constants: Constants, op: Op, rank: int | None) -> Axes | None:
+    """The axes that a norm op normalises; a rank or an attribute it cannot have leaves them unknown."""
+    try:
+        return NORMS[op.kind].axes(constants, op, rank)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def number(stated: Any) -> float | None:
+    """ε as a float; None where the operator has none, or states what is no finite number."""
+    try:
+        return float(stated) if math.isfinite(stated) else None
+    except TypeError:
+        return None

@@ -74,6 +74,9 @@ _EPS12 = {"epsilon": f32(1e-12)}
 #: Arguments of every `aten.upsample_*`: overloads differ in how they state the factors.
 _UPSAMPLE = "input:x output_size:sizes scale_factors:scales"
 
+#: Arguments of `aten.var` and its like; `unbiased` is an older word for a correction of 1.
+_VARIANCE = "input:x dim:axes correction keepdim:keepdims"
+
 TABLE: tuple[OpRow, ...] = (
     # ---- linear operators that hold weights
     _row(
@@ -240,7 +243,10 @@ TABLE: tuple[OpRow, ...] = (
     _row("sqrt", _onnx("Sqrt", "x"), *_aten("sqrt", "input:x")),
     _row("rsqrt", *_aten("rsqrt", "input:x")),
     _row("reciprocal", _onnx("Reciprocal", "x"), *_aten("reciprocal", "input:x")),
-    _row("pow", _onnx("Pow", "x exponent"), *_aten("pow", "input:x exponent")),
+    _row("pow", _onnx("Pow", "x exponent"), *_aten("pow", "input:x exponent"), *_aten("square", "input:x")),
+    _row("abs", _onnx("Abs", "x"), *_aten("abs", "input:x")),
+    _row("max", _onnx("Max", "inputs*")),
+    _row("maximum", *_aten("maximum", "input:a other:b")),
     _row("where", _onnx("Where", "condition a b"), *_aten("where", "condition input:a other:b")),
     _row("relu", _onnx("Relu", "x"), *_aten("relu", "input:x")),
     _row(
@@ -255,6 +261,7 @@ TABLE: tuple[OpRow, ...] = (
         _onnx("Clip", "x"),
         _onnx("Clip", "x min max", since=11),
         *_aten("clamp", "input:x min max"),
+        *_aten("clamp_min", "input:x min"),
         *_aten("hardtanh", "input:x min_val:min max_val:max"),
         *_aten("relu6", "input:x"),
     ),
@@ -294,7 +301,7 @@ TABLE: tuple[OpRow, ...] = (
         *_aten("to", "input:x dtype:to layout: device: pin_memory: non_blocking: copy: memory_format:"),
         *_aten("_to_copy", "input:x dtype:to layout: device: pin_memory: non_blocking: memory_format:"),
     ),
-    _row("cast_like", _onnx("CastLike", "x like")),
+    _row("cast_like", _onnx("CastLike", "x like"), *_aten("type_as", "input:x other:like")),
     _row(
         "transpose",
         _onnx("Transpose", "x"),
@@ -328,7 +335,12 @@ TABLE: tuple[OpRow, ...] = (
         _onnx("Unsqueeze", "x axes", since=13),
         *_aten("unsqueeze", "input:x dim:axes"),
     ),
-    _row("expand", _onnx("Expand", "x shape"), *_aten("expand", "input:x size:shape implicit:")),
+    _row(
+        "expand",
+        _onnx("Expand", "x shape"),
+        *_aten("expand", "input:x size:shape implicit:"),
+        *_aten("expand_as", "input:x other:"),
+    ),
     # ---- structure
     _row("concat", _onnx("Concat", "inputs*"), *_aten("cat concat concatenate", "tensors:inputs dim:axis")),
     _row(
@@ -419,6 +431,40 @@ TABLE: tuple[OpRow, ...] = (
         *_aten("mean", "input:x dim:axes keepdim:keepdims dtype:"),
         defaults={"keepdims": 1, "noop_with_empty_axes": 0},
     ),
+    _row(
+        "reduce_sum",
+        _onnx("ReduceSum", "x"),
+        _onnx("ReduceSum", "x axes", since=13),
+        *_aten("sum", "input:x dim:axes keepdim:keepdims dtype:"),
+        defaults={"keepdims": 1, "noop_with_empty_axes": 0},
+    ),
+    _row(
+        "reduce_sum_square",
+        _onnx("ReduceSumSquare", "x"),
+        _onnx("ReduceSumSquare", "x axes", since=18),
+        defaults={"keepdims": 1, "noop_with_empty_axes": 0},
+    ),
+    _row(
+        "reduce_l1",
+        _onnx("ReduceL1", "x"),
+        _onnx("ReduceL1", "x axes", since=18),
+        *_aten("linalg_vector_norm", "input:x dim:axes keepdim:keepdims dtype:", ord=1),
+        *_aten("norm", "input:x dim:axes keepdim:keepdims", p=1),
+        defaults={"keepdims": 1, "noop_with_empty_axes": 0},
+    ),
+    _row(
+        "reduce_l2",
+        _onnx("ReduceL2", "x"),
+        _onnx("ReduceL2", "x axes", since=18),
+        *_aten("linalg_vector_norm", "input:x dim:axes keepdim:keepdims dtype:", ord=2),
+        *_aten("norm", "input:x dim:axes keepdim:keepdims", p=2),
+        *_aten("linalg_norm", "input:x dim:axes keepdim:keepdims dtype:"),
+        defaults={"keepdims": 1, "noop_with_empty_axes": 0},
+    ),
+    _row("var", *_aten("var", f"{_VARIANCE} unbiased")),
+    _row("std", *_aten("std", f"{_VARIANCE} unbiased")),
+    _row("var_mean", *_aten("var_mean", f"{_VARIANCE} unbiased"), outputs="var mean"),
+    _row("std_mean", *_aten("std_mean", f"{_VARIANCE} unbiased"), outputs="std mean"),
     # ONNX's Attention (opset 23) means something else: it may hold a cache and split the heads itself
     _row(
         "attention",

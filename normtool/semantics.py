@@ -22,7 +22,9 @@ __all__ = ["KINDS", "evaluate", "wide", "wide_rows"]
 
 
 def evaluate(kind: str, attributes: Mapping[str, Any], inputs: Mapping[str, Array | Value]) -> dict[str, Array]:
-    """The op's outputs by slot: `y`, or `y.0`, `y.1`, … of a split. They may be views of the inputs.
+    """The op's outputs by slot: `y`, or `y.0`, `y.1`, … of a split; a norm's statistics are outputs too.
+
+    They may be views of the inputs.
 
     An input is a float64 array (data) or a Value (a constant). Raises KeyError for a kind that is not in
     `KINDS`, NotImplementedError for a variant that its definition leaves out.
@@ -30,6 +32,8 @@ def evaluate(kind: str, attributes: Mapping[str, Any], inputs: Mapping[str, Arra
     define = _DEFINITIONS[kind]
     with np.errstate(all="ignore"):
         result = define(Call(attributes, inputs))
+    if isinstance(result, dict):
+        return result
     if isinstance(result, list):
         return {slot_name(("y*",), i): part for i, part in enumerate(result)}
     return {"y": np.asarray(result, np.float64)}
@@ -66,6 +70,73 @@ def _batch_norm(call: Call) -> Array:
     if "weight" in call.inputs:
         y = y * per_channel("weight")
     return np.asarray(y + per_channel("bias") if "bias" in call.inputs else y)
+
+
+def _layer_norm(call: Call) -> dict[str, Array]:
+    """z/√(mean(z²) + ε) · γ + β with z = x − mean(x), from `axis` to the last; beside it mean and 1/√(…)."""
+    x = call.array("x")
+    axes = _from_axis(call, x)
+    mean = x.mean(axes, keepdims=True)
+    inv_std_dev = 1 / np.sqrt(((x - mean) ** 2).mean(axes, keepdims=True) + _epsilon(call))
+    y = (x - mean) * inv_std_dev * _given(call, "weight", 1) + _given(call, "bias", 0)
+    return {"y": np.asarray(y), "mean": mean, "inv_std_dev": inv_std_dev}
+
+
+def _rms_norm(call: Call) -> dict[str, Array]:
+    """x/√(mean(x²) + ε) · γ: what LayerNorm does to an x of mean 0."""
+    x = call.array("x")
+    inv_std_dev = 1 / np.sqrt((x**2).mean(_from_axis(call, x), keepdims=True) + _epsilon(call))
+    return {"y": np.asarray(x * inv_std_dev * _given(call, "weight", 1)), "inv_std_dev": inv_std_dev}
+
+
+def _instance_norm(call: Call) -> Array:
+    """Over the spatial axes; γ, β per channel. PyTorch's may use stored statistics instead."""
+    x = call.array("x")
+    axes = tuple(range(2, x.ndim))
+    if call.attribute("use_input_stats", 1):
+        mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    else:
+        mean, var = (_per_channel(call.array(slot), x) for slot in ("mean", "var"))
+    return _scaled_per_channel(call, (x - mean) / np.sqrt(var + _epsilon(call)))
+
+
+def _group_norm(call: Call) -> Array:
+    """Over the channels of a group and every spatial axis; γ, β per channel, or per group at opset 18."""
+    x = call.array("x")
+    groups = int(call.attribute("num_groups"))
+    grouped = x.reshape(x.shape[0], groups, -1)
+    mean, var = grouped.mean(-1, keepdims=True), grouped.var(-1, keepdims=True)
+    return _scaled_per_channel(call, ((grouped - mean) / np.sqrt(var + _epsilon(call))).reshape(x.shape))
+
+
+def _scaled_per_channel(call: Call, y: Array) -> Array:
+    if "weight" in call.inputs:
+        y = y * _per_channel(call.array("weight"), y)
+    return np.asarray(y + _per_channel(call.array("bias"), y) if "bias" in call.inputs else y)
+
+
+def _per_channel(given: Array, x: Array) -> Array:
+    """One number for each index of axis 1, or for each group of neighbours."""
+    return np.asarray(np.repeat(given, x.shape[1] // given.size).reshape(_along(1, x.ndim)))
+
+
+def _lp_norm(call: Call) -> Array:
+    """x/(Σ|x|^p)^(1/p) along one axis; ONNX's knows p = 1 and 2, and has no ε. 0/0 is 0 there."""
+    x, axis = call.array("x"), int(call.attribute("axis", -1))
+    length = np.linalg.norm(x, int(call.attribute("p", 2)), axis, keepdims=True)
+    return np.asarray(np.divide(x, length, out=np.zeros_like(x), where=length != 0))
+
+
+def _from_axis(call: Call, x: Array) -> tuple[int, ...]:
+    return tuple(range(int(call.attribute("axis", -1)) % x.ndim, x.ndim))
+
+
+def _epsilon(call: Call) -> float:
+    return float(call.attribute("epsilon", f32(1e-5)))
+
+
+def _given(call: Call, slot: str, default: float) -> Array | float:
+    return call.array(slot) if slot in call.inputs else default
 
 
 def _softmax(call: Call) -> Array:
@@ -196,13 +267,18 @@ def _integer_range(call: Call) -> tuple[int, int]:
     return (0 if integer[1] else -(2**bits)), 2**bits - 1
 
 
-_DEFINITIONS: Mapping[str, Callable[[Call], Array | list[Array]]] = {
+_DEFINITIONS: Mapping[str, Callable[[Call], Array | list[Array] | dict[str, Array]]] = {
     "conv": windows.conv,
     "conv_transpose": windows.conv_transpose,
     "linear": _linear,
     "matmul": _binary(np.matmul),
     "embedding": shapes.embedding,
     "batch_norm": _batch_norm,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "instance_norm": _instance_norm,
+    "group_norm": _group_norm,
+    "lp_norm": _lp_norm,
     "softmax": _softmax,
     "attention": _attention,
     "add": _binary(np.add),

@@ -30,7 +30,7 @@ ROUNDINGS = 16
 #: ONNX Runtime's CPU kernels for these exist in float32 alone.
 IN_SINGLE = set(
     "Conv ConvTranspose AveragePool GlobalAveragePool LeakyRelu PRelu Resize Upsample "
-    "QuantizeLinear DequantizeLinear".split()
+    "QuantizeLinear DequantizeLinear InstanceNormalization GroupNormalization".split()
 )
 
 #: Operators whose outputs are sums of products: |inputs| give the magnitude of the terms.
@@ -75,7 +75,9 @@ def defined(case: Case) -> list[Array]:
         slot: array.astype(np.float64) if slot in case.data.split() else Dense(array)
         for slot, array in case.inputs.items()
     }
-    return list(evaluate(case.kind, {**case.attributes, **case.beside}, inputs).values())
+    return list(evaluate(case.kind, {**case.attributes, **case.beside}, inputs).values())[
+        : case.outputs
+    ]  # statistics: below
 
 
 def in_runtime(case: Case) -> list[Array]:
@@ -331,6 +333,21 @@ def quantized(op_type: str, attributes: Attributes, shape: tuple[int, ...], zero
     return Case(op_type, attributes, {"x": x, "scale": scale, "zero_point": zero_point})
 
 
+def normed(
+    op_type: str,
+    size: tuple[int, ...],
+    weight: int | tuple[int, ...],
+    attributes: Attributes | None = None,
+    bias: bool = True,
+    opset: int = 21,
+) -> Case:
+    """γ of both signs, β away from 0, x with a mean that is not."""
+    shape = (weight,) if isinstance(weight, int) else weight
+    inputs = {"x": random(0, *size) * 0.5 + 0.4, "weight": random(1, *shape)}
+    inputs |= {"bias": random(2, *shape)} if bias else {}
+    return Case(op_type, attributes or {}, inputs, opset=opset)
+
+
 LAST = 2**63 - 1
 
 CASES = {
@@ -431,6 +448,21 @@ CASES = {
     "reduce_mean-axes": shaped("ReduceMean", (2, 3, 4), {"keepdims": 0}, axes=integers(-1, 0)),
     "reduce_mean-attribute": shaped("ReduceMean", (2, 3, 4), {"axes": [1]}, opset=13),
     "reduce_mean-noop": shaped("ReduceMean", (2, 3), {"noop_with_empty_axes": 1}),
+    "layer_norm": normed("LayerNormalization", (3, 4, 5), 5),
+    "layer_norm-axes": normed("LayerNormalization", (3, 4, 5), (4, 5), {"axis": 1, "epsilon": f32(0.3)}),
+    "layer_norm-negative-axis": normed("LayerNormalization", (3, 4, 5), (4, 5), {"axis": -2}),
+    "layer_norm-no-bias": normed("LayerNormalization", (3, 4, 5), 5, bias=False),
+    "rms_norm": normed("RMSNormalization", (3, 4, 5), 5, bias=False, opset=23),
+    "rms_norm-axes": normed(
+        "RMSNormalization", (3, 4, 5), (4, 5), {"axis": -2, "epsilon": f32(0.3)}, bias=False, opset=23
+    ),
+    "instance_norm": normed("InstanceNormalization", (2, 3, 4, 5), 3, {"epsilon": f32(0.3)}),
+    "instance_norm-1d": normed("InstanceNormalization", (2, 3, 9), 3),
+    "group_norm": normed("GroupNormalization", (2, 6, 4, 5), 6, {"num_groups": 3, "epsilon": f32(0.3)}),
+    "group_norm-one": normed("GroupNormalization", (2, 6, 7), 6, {"num_groups": 1}),
+    "group_norm-weight-per-group": normed("GroupNormalization", (2, 6, 4, 5), 3, {"num_groups": 3}, opset=18),
+    "lp_norm": shaped("LpNormalization", (3, 4, 5)),
+    "lp_norm-1": shaped("LpNormalization", (3, 4, 5), {"p": 1, "axis": 1}),
     "softmax": shaped("Softmax", (2, 3, 4)),
     "softmax-axis": shaped("Softmax", (2, 3, 4), {"axis": 1}),
     "quantize": quantized("QuantizeLinear", {}, (5, 6), np.uint8(128)),
@@ -618,6 +650,26 @@ def test_torch_shapes():
     picked = np.array([[2, 0], [1, 1]])
     in_torch("index", {}, tensor[:, torch.from_numpy(picked)], x=x, **{"indices.1": picked})
     in_torch("tile", {"repeats": [2, 1, 1, 2, 1]}, tensor.repeat(2, 1, 1, 2, 1), x=x)
+
+
+def test_torch_statistics_of_norms():
+    """ONNX Runtime gives them in float32 alone."""
+    x, weight = random(0, 3, 4, 5) + 0.7, random(1, 5)
+    tensors = torch.from_numpy(x), [5], torch.from_numpy(weight)
+    got = evaluate("layer_norm", {"epsilon": 0.1}, {"x": x, "weight": weight})
+    for mine, theirs in zip(got.values(), torch.native_layer_norm(*tensors, None, 0.1), strict=True):
+        assert np.allclose(mine, theirs.numpy(), rtol=1e-12, atol=1e-12)
+    got = evaluate("rms_norm", {"epsilon": 0.1}, {"x": x, "weight": weight})
+    assert np.allclose(got["y"], torch.rms_norm(*tensors, 0.1).numpy(), rtol=1e-12, atol=1e-12)
+    assert np.allclose(got["y"], x * got["inv_std_dev"] * weight, rtol=1e-12, atol=1e-12)
+
+
+def test_torch_instance_norm_with_stored_statistics():
+    x, mean, var = random(0, 2, 3, 4) + 0.7, random(1, 3), random(2, 3) ** 2
+    expected = functional.instance_norm(
+        *map(torch.from_numpy, (x, mean, var)), use_input_stats=False, eps=f32(1e-5)
+    )
+    in_torch("instance_norm", {"use_input_stats": False}, expected, x=x, mean=mean, var=var)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -827,7 +879,7 @@ def test_a_wrong_operand_is_noticed(name):
 
 def test_unknown_kind():
     with pytest.raises(KeyError):
-        evaluate("layer_norm", {}, {"x": np.ones(3)})
+        evaluate("lstm", {}, {"x": np.ones(3)})
 
 
 def test_every_kind_is_tested():

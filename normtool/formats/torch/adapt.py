@@ -202,11 +202,29 @@ def _rms_norm(node: fx.Node, attributes: Attributes) -> None:
         attributes["epsilon"] = torch.finfo(_entry(node).dtype).eps
 
 
-def _reduce_mean(node: fx.Node, attributes: Attributes) -> None:
+def _reduction(node: fx.Node, attributes: Attributes) -> None:
     """No axes, or an empty list of them: all."""
     axes = _listed(attributes.get("axes", []))
     attributes["axes"] = axes or list(range(_entry(node).ndim))
     _state_flags(attributes, "keepdims")
+
+
+def _variance(node: fx.Node, attributes: Attributes) -> None:
+    """Divides by N − correction: 1 unless the call says otherwise."""
+    _reduction(node, attributes)
+    unbiased = attributes.pop("unbiased", True)
+    attributes.setdefault("correction", int(unbiased))
+
+
+def _pow(node: fx.Node, attributes: Attributes) -> None:
+    if base_name(node) == "square":
+        attributes["exponent"] = 2
+
+
+def _expand(node: fx.Node, attributes: Attributes) -> None:
+    """`expand_as` says only whose shape it takes."""
+    if base_name(node) == "expand_as":
+        _state(attributes, "shape", shape_of(_result(node)))
 
 
 def _clip(node: fx.Node, attributes: Attributes) -> None:
@@ -333,11 +351,13 @@ _ADAPT: Mapping[str, Callable[[fx.Node, Attributes], None]] = {
     "conv": _both_sides,
     "conv_transpose": _both_sides,
     "embedding": _gather,
+    "expand": _expand,
     "layer_norm": _trailing_axes,
     "linear": _transposed_weight,
     "max_pool": _max_pool,
     "pad": _pad,
-    "reduce_mean": _reduce_mean,
+    "pow": _pow,
+    **dict.fromkeys(("reduce_mean", "reduce_sum", "reduce_l1", "reduce_l2"), _reduction),
     "reshape": _reshape,
     "resize": _resize,
     "rms_norm": _rms_norm,
@@ -346,6 +366,7 @@ _ADAPT: Mapping[str, Callable[[fx.Node, Attributes], None]] = {
     "squeeze": _squeeze,
     "transpose": _permutation,
     "unsqueeze": _unsqueeze,
+    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), _variance),
 }
 
 
