@@ -64,6 +64,7 @@ def start(job_path: Path, time_limit: float) -> tuple[int, str]:
     """(exit code, what it said last). A negative code is a signal; a killed one ran out of time."""
     command = [sys.executable, "-m", "normtool.formats.onnx.worker", str(job_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment["TMPDIR"] = str(job_path.parent)  # ONNX Runtime may leave a file (.ses) where temporary ones go
     try:
         done = subprocess.run(
             command,
