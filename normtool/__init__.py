@@ -13,21 +13,33 @@ Nothing here imports a framework before it is needed.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normtool.api import Restoration, Rewrite, apply, convert, fold, load, plan, scan, unfold, validate
+    from normtool.api import (
+        Restoration,
+        Rewrite,
+        apply,
+        bench,
+        convert,
+        fold,
+        load,
+        plan,
+        scan,
+        unfold,
+        validate,
+    )
     from normtool.comparison import Comparison
     from normtool.conversion import Conversion
     from normtool.errors import NormtoolError
     from normtool.planner import Plan, Site
     from normtool.reasons import Reason
     from normtool.scanning import Scan
+    from normtool.timing import Benchmark
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    **dict.fromkeys(
-        ("Restoration", "Rewrite", "apply", "convert", "fold", "load", "plan", "scan", "unfold", "validate"),
-        "normtool.api",
-    ),
+    **dict.fromkeys(("Restoration", "Rewrite", "apply", "bench", "convert", "fold", "load"), "normtool.api"),
+    **dict.fromkeys(("plan", "scan", "unfold", "validate"), "normtool.api"),
+    "Benchmark": "normtool.timing",
     "Conversion": "normtool.conversion",
     "NormtoolError": "normtool.errors",
     "Plan": "normtool.planner",
@@ -38,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Benchmark",
     "Comparison",
     "Conversion",
     "NormtoolError",
@@ -48,6 +61,7 @@ __all__ = [
     "Scan",
     "Site",
     "apply",
+    "bench",
     "convert",
     "fold",
     "load",

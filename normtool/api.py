@@ -21,6 +21,7 @@ from normtool.planner import AFFINE, Plan, Progress, Site
 from normtool.reasons import FOLDED, LOWERED, RESTORED
 from normtool.results import SCHEMA, ModelResult, verbs_of
 from normtool.scanning import Scan, scan_graph
+from normtool.timing import Benchmark
 
 if TYPE_CHECKING:
     from normtool.conversion import Conversion
@@ -58,6 +59,8 @@ class Rewrite(ModelResult):
     outputs: tuple[dict[str, str], ...] = ()
     #: what `unfold` needs, where it was asked for
     undo: dict[str, Any] | None = None
+    #: how long both models take, where it was asked for
+    benchmark: Benchmark | None = None
     #: key of the state dict (or initializer) that the result lacks → the keys of what it held, see `key_map`
     key_map: Mapping[str, list[str]] = field(default_factory=dict)
 
@@ -90,6 +93,7 @@ class Rewrite(ModelResult):
             "validation": None if self.validation is None else self.validation.to_dict(),
             "outputs": list(self.outputs),
             **({} if self.undo is None else {"undo": self.undo}),
+            **({} if self.benchmark is None else {"benchmark": self.benchmark.to_dict()}),
         }
 
 
@@ -385,6 +389,46 @@ def validate(
     Raises RuntimeRefused when the reference cannot be run, BackendUnavailable without the device.
     """
     return compare_models(load(reference, inputs), load(candidate, inputs), inputs, device, seed)
+
+
+def bench(
+    reference: Model,
+    candidate: Model,
+    inputs: Inputs = None,
+    device: str = "cpu",
+    seconds: float = 10.0,
+    threads: int | None = None,
+    seed: int = 0,
+) -> Benchmark:
+    """How much faster or slower is `candidate` in ONNX Runtime? `normtool.timing` says how that is measured.
+
+    Both are ONNX models, and run as users run them: with every optimisation, and `threads` threads (None: as
+    many as ONNX Runtime chooses). They are timed for about `seconds`, on generated inputs unless given.
+
+    Raises UsageError for PyTorch models, RuntimeRefused when ONNX Runtime refuses a model, BackendUnavailable
+    without the device.
+    """
+    options: dict[str, Any] = {"device": device, "seconds": seconds, "threads": threads, "seed": seed}
+    return bench_models(load(reference, inputs), load(candidate, inputs), inputs, **options)
+
+
+def bench_models(reference: Opened, candidate: Opened, inputs: Inputs = None, **options: Any) -> Benchmark:
+    """`bench` of models that are open."""
+    for opened in (reference, candidate):
+        need_onnx(opened)
+    from normtool.formats.onnx.bench import bench_onnx
+
+    with _as_file(inputs) as inputs_file:
+        options = {"inputs_file": inputs_file, **options}
+        return bench_onnx(reference, candidate, **options)  # type: ignore[arg-type]
+
+
+def need_onnx(opened: Opened) -> None:
+    """Raises UsageError for what ONNX Runtime cannot time."""
+    if opened.format != "onnx":
+        raise UsageError(
+            "a benchmark is of ONNX models, in ONNX Runtime; `normtool convert MODEL -o model.onnx` makes one"
+        )
 
 
 def convert(

@@ -1,7 +1,7 @@
 """Results as sections: a title, columns, rows of text. Every renderer starts from these."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from normtool.parameters import Census
 from normtool.planner import Plan, Site
 from normtool.reasons import FOLDED, RESTORED, Reason
 from normtool.scanning import Scan
+from normtool.timing import CONFIDENCE, Benchmark
 from normtool.training import TrainingMemory
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ def _rewrite(rewrite: Rewrite, verbose: bool) -> list[Section]:
     found.append(Section("Parameters", ("role", "before", "after", "change"), rows, _COUNTS))
     if rewrite.validation is not None:
         found += _comparison(rewrite.validation, verbose)
+    if rewrite.benchmark is not None:
+        found += _benchmark(rewrite.benchmark, verbose)
     return [*found, *_written(rewrite.outputs)]
 
 
@@ -232,6 +235,36 @@ def _checks(comparison: Comparison) -> list[tuple[str, str]]:
     return rows
 
 
+def _benchmark(benchmark: Benchmark, verbose: bool) -> list[Section]:
+    columns = ("model", "median ms", "of it in norm ops")
+    rows = (
+        ("reference", f"{benchmark.reference_ms:.3f}", _percent(benchmark.norm_share_before)),
+        ("candidate", f"{benchmark.candidate_ms:.3f}", _percent(benchmark.norm_share_after)),
+    )
+    return [
+        Section("Benchmark", columns, rows, frozenset(columns[1:]), benchmark.summary),
+        Section("How it was measured", ("what", "how"), tuple(_conditions(benchmark))),
+    ]
+
+
+def _conditions(benchmark: Benchmark) -> Iterator[tuple[str, str]]:
+    yield "runs", f"{benchmark.runs:,} of each, interleaved; both loaded afresh {benchmark.loads} times"
+    yield "ratio", f"median over the loads; in brackets where it lies, at {CONFIDENCE:.0%} or more"
+    yield "level", "every optimisation of ONNX Runtime"
+    yield "providers", ", ".join(benchmark.providers["effective"])
+    threads = "ONNX Runtime's choice" if benchmark.threads is None else str(benchmark.threads)
+    yield "threads", f"{threads}, on {benchmark.processors} processors"
+    shapes = (f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in benchmark.inputs.items())
+    yield "inputs", ", ".join(shapes)
+    yield "norm ops", "fused or native ones; those spelled out in primitive ops do not count"
+    for note in benchmark.notes:
+        yield "note", note
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.1%}"
+
+
 def _differences(differences: tuple[Difference, ...]) -> tuple[tuple[str, ...], ...]:
     return tuple(
         (d.name, f"{d.max_abs:.3g}", f"{d.max_rel:.3g}", f"{d.noise_floor:.3g}", f"{d.ratio:.3g}")
@@ -257,6 +290,7 @@ _SECTIONS: dict[type, Callable[[Any, bool], list[Section]]] = {
     Rewrite: _rewrite,
     Restoration: _restoration,
     Comparison: _comparison,
+    Benchmark: _benchmark,
     TrainingMemory: _memory,
 }
 

@@ -168,7 +168,7 @@ class _Validation:
         runs.append(Run("reference-default", path, level="default", sets=(0,)))
         tries: list[Any] = []
         if self.inputs_file is not None:
-            self.input_sets = [_described_inputs(self.inputs_file, self.reference.graph)]
+            self.input_sets = [described_inputs(self.inputs_file, self.reference.graph)]
         elif not self.input_sets:
             tried = attempts(self.reference.graph, self.seed, self.shapes)
             tries = [[spec.to_dict() for spec in specs] for specs in tried]
@@ -256,7 +256,7 @@ class _Validation:
                 yield OutputRuns(name, expected, nudged, got)
 
 
-def _described_inputs(path: Path, graph: ModelGraph) -> list[dict[str, Any]]:
+def described_inputs(path: Path, graph: ModelGraph) -> list[dict[str, Any]]:
     """What a user's .npz holds, for the report. Raises UsageError where it does not fit the model."""
     arrays = read_inputs(path)
     for tensor in model_inputs(graph):

@@ -5,6 +5,7 @@ one of its own, which reads a job, writes arrays into the job's folder and a rep
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,16 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from normtool.formats.onnx.profile import time_by_op
 from normtool.inputs import InputSpec, generate, nudge
+from normtool.timing import Runner, measure
 from normtool.values import Array
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
+
+#: Runs of a model under ONNX Runtime's profiler; the first is not counted.
+PROFILED_RUNS = 11
 
 
 def main(job_path: str) -> None:
@@ -26,8 +32,11 @@ def main(job_path: str) -> None:
     input_sets = job["input_sets"]
     if job["attempts"]:
         input_sets = _probe(job, report)
-    for run in job["runs"]:
-        _run(job, run, input_sets, report)
+    if job.get("bench"):
+        _bench(job, input_sets[0], report)
+    else:
+        for run in job["runs"]:
+            _run(job, run, input_sets, report)
     report.line(step="done")
 
 
@@ -99,6 +108,64 @@ def _run(job: dict[str, Any], run: dict[str, Any], sets: list[Any], report: Repo
             if isinstance(output, np.ndarray) and output.dtype != object:
                 np.save(Path(job["folder"]) / f"{run['name']}.{number}.{position}.npy", output)
     report.line(step="run", name=run["name"], providers=providers, outputs=names, inputs=known)
+
+
+def _bench(job: dict[str, Any], specs: list[Any], report: Report) -> None:
+    """Time the two models of a job, interleaved; then where their time goes, in sessions of their own."""
+    for run in job["runs"]:  # which of them ONNX Runtime refuses, and where they really run
+        try:
+            session = _as_users_run_it(job, run)
+            _runner(job, run, specs, session)()
+        except Exception as failure:
+            report.line(step="run", name=run["name"], error=_first_line(failure))
+            return
+        report.line(step="run", name=run["name"], providers=session.get_providers())
+        del session
+
+    def load(candidate_first: bool) -> tuple[Runner, Runner]:
+        first, second = reversed(job["runs"]) if candidate_first else job["runs"]
+        pair = [_runner(job, run, specs, _as_users_run_it(job, run)) for run in (first, second)]
+        return (pair[1], pair[0]) if candidate_first else (pair[0], pair[1])
+
+    report.line(step="bench", processors=_processors(), loads=measure(load, job["bench"]["seconds"]))
+    for run in job["runs"] if job["device"] == "cpu" else ():
+        report.line(step="profile", name=run["name"], times=_profile(job, run, specs))
+
+
+def _processors() -> int | None:
+    """How many of them this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _profile(job: dict[str, Any], run: dict[str, Any], specs: list[Any]) -> dict[str, int]:
+    session = _as_users_run_it(job, run, profile=Path(job["folder"]) / run["name"])
+    once = _runner(job, run, specs, session)
+    for _ in range(PROFILED_RUNS):
+        once()
+    path = Path(session.end_profiling())
+    times = time_by_op(json.loads(path.read_text(errors="replace")))
+    path.unlink()
+    return times
+
+
+def _runner(job: dict[str, Any], run: dict[str, Any], specs: list[Any], session: Any) -> Runner:
+    known = [entry.name for entry in session.get_inputs()]
+    feeds = {name: array for name, array in _feeds(job, specs, run, 0).items() if name in known}
+    return lambda: session.run(None, feeds)
+
+
+def _as_users_run_it(job: dict[str, Any], run: dict[str, Any], profile: Path | None = None) -> Any:
+    """A session with every optimisation, and TF32 where the device has it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = job["bench"]["threads"] or 0
+    # threads that wait for work in a loop, after a run, would take the processors from the other model
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    providers = [CUDA, CPU] if job["device"] == "cuda" else [CPU]
+    return onnxruntime.InferenceSession(run["model"], options, providers=providers)
 
 
 def _feeds(job: dict[str, Any], specs: list[Any], run: dict[str, Any], number: int) -> dict[str, Array]:
