@@ -147,6 +147,43 @@ class Writing:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """Options of commands that can time what they have made."""
+
+    bench: bool
+    bench_seconds: float
+    bench_threads: int | None
+
+    def check(self, opened: Any) -> None:
+        """Raises UsageError, before the work, for a model that cannot be timed."""
+        from normtool import api
+
+        if self.bench:
+            api.need_onnx(opened)
+
+    def timed(
+        self, result: Any, running: Running, opening: "Opening", common: Common, step: Callable[[str], None]
+    ) -> Any:
+        """A result with its `benchmark`, where that was asked for and something has changed."""
+        from normtool import api
+
+        if not self.bench:
+            return result
+        if not result.changed:
+            if not common.quiet:
+                print("normtool: nothing was changed, so there is nothing to time", file=sys.stderr)
+            return result
+        options = {"seconds": self.bench_seconds, "threads": self.bench_threads, "progress": step}
+        try:
+            benchmark = api.bench_models(
+                result.source, result.opened, **running.to_validation(opening), **options
+            )
+        except RuntimeRefused as error:
+            raise RuntimeRefused(f"{error}\nwithout --bench nothing is timed") from None
+        return replace(result, benchmark=benchmark)
+
+
+@dataclass(frozen=True)
 class Choosing:
     """What to fold, and what may be done for it: the fields of `options.FoldOptions`."""
 
@@ -301,6 +338,29 @@ _writing = _bundled(
 )
 
 
+_timing = _bundled(
+    "timing",
+    Timing,
+    click.option(
+        "--bench-threads",
+        type=click.IntRange(min=1),
+        help="Threads of one op in the benchmark; ONNX Runtime's own choice if not given.",
+    ),
+    click.option(
+        "--bench-seconds",
+        type=click.FloatRange(min=0, min_open=True),
+        default=10.0,
+        show_default=True,
+        help="How long the benchmark takes, about.",
+    ),
+    click.option(
+        "--bench",
+        is_flag=True,
+        help="Time model and result in ONNX Runtime (ONNX only): their ratio, its spread, the norms' share.",
+    ),
+)
+
+
 _choosing = _bundled(
     "choosing",
     Choosing,
@@ -331,6 +391,7 @@ _choosing = _bundled(
 @click.option("--dry-run", is_flag=True, help="Print the plan, proved, and write nothing.")
 @click.option("--undo", is_flag=True, help="Put what `unfold` needs into the report (with --report).")
 @_choosing
+@_timing
 @_writing
 @_opening
 @_running
@@ -342,6 +403,7 @@ def fold(
     dry_run: bool,
     undo: bool,
     choosing: Choosing,
+    timing: Timing,
     writing: Writing,
     opening: Opening,
     running: Running,
@@ -364,13 +426,18 @@ def fold(
     with _progress(common.quiet) as progress:
         progress.step(f"reading {Path(model).name}")
         opened = opening.load(model, inputs_file=running.inputs_file)
+        timing.check(opened)
         progress.step("planning and proving")
         made = api.plan(opened, progress=progress.count, **vars(choosing))
         result = api.rewrite(opened, made)
         result = api.with_undo(result) if undo else result
-        verdict = "equal"
-        if not dry_run:
-            result, verdict = _write(result, result.changed, writing, options, progress.step)
+        timed = functools.partial(
+            timing.timed, running=running, opening=opening, common=common, step=progress.step
+        )
+        if dry_run:
+            result, verdict = timed(result), "equal"
+        else:
+            result, verdict = _write(result, result.changed, writing, options, progress.step, timed)
     _show(out, [result], result.to_dict(), common)
     _say_failed_proofs(result.sites)
     if verdict == "equal":
@@ -484,8 +551,12 @@ def _write(
     writing: Writing,
     options: Mapping[str, Any] | None,
     step: Callable[[str], None],
+    timed: Callable[[Any], Any] = lambda result: result,
 ) -> tuple[Any, str]:
-    """Write beside the destination, validate what was written, and only then put it in place."""
+    """Write beside the destination, validate what was written, and only then put it in place.
+
+    `timed` comes before that: the destination may be the model that was read.
+    """
     from normtool import api
 
     assert writing.output is not None
@@ -502,6 +573,7 @@ def _write(
             result = replace(result, validation=comparison)
             if comparison.verdict != "equal":
                 return result, comparison.verdict
+        result = timed(result)
         return replace(result, outputs=tuple(stage.commit())), "equal"
 
 
