@@ -74,12 +74,23 @@ def norm_forms(graph: ModelGraph, constants: Constants | None = None) -> list[No
 
     An operator that a larger norm contains (the InstanceNormalization in a GroupNorm) is part of that.
     """
-    from normtool.spelled import spelled_out  # most graphs are asked for nothing but their operators
-
     constants = constants or Constants(graph)
-    found = spelled_out(graph, constants)
+    found = spelled_forms(graph, constants)
     claimed = {op for form in found for op in form.ops}
     return [*_native_forms(graph, constants, claimed), *found]
+
+
+#: Kinds of which every norm that is spelled out has one; all but a few ops are of other kinds.
+ROOTS = frozenset("sqrt rsqrt pow reduce_l2 reduce_l1 std std_mean".split())
+
+
+def spelled_forms(graph: ModelGraph, constants: Constants) -> list[NormForm]:
+    """Every norm that is no operator, in the order in which they end."""
+    if not any(op.kind in ROOTS or op.kind == "instance_norm" for op in graph.ops):
+        return []
+    from normtool.spelled import spelled_out  # most graphs have no use for it
+
+    return spelled_out(graph, constants)
 
 
 # ---- operators ----------------------------------------------------------------------------------

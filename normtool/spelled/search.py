@@ -8,16 +8,13 @@ from typing import Any
 import numpy as np
 
 from normtool.constants import Constants
-from normtool.forms import NormForm
+from normtool.forms import ROOTS, NormForm
 from normtool.graph import ModelGraph, Op, Tensor
-from normtool.spelled.groups import regrouped
+from normtool.spelled.groups import grouped, of_instance_norm
 from normtool.spelled.labels import Label
 from normtool.spelled.moments import Moment, MomentReader, close
 from normtool.spelled.reading import CASTS, Reading
 from normtool.spelled.spread import End, Spread
-
-#: Kinds that every norm has one of.
-_ROOTS = frozenset("sqrt rsqrt pow reduce_l2 reduce_l1 std std_mean".split())
 
 
 class Search:
@@ -27,19 +24,15 @@ class Search:
         self.moments = MomentReader(self.reading)
 
     def forms(self) -> list[NormForm]:
-        roots = [op for op in self.graph.ops if op.kind in _ROOTS]
-        grouped = [op for op in self.graph.ops if op.kind == "instance_norm"]
-        if not roots and not grouped:
-            return []
         self.order = {op: position for position, op in enumerate(self.graph.ops)}
         found: dict[Tensor, NormForm] = {}
-        for op in roots:
+        for op in [op for op in self.graph.ops if op.kind in ROOTS]:
             for form in self._around(op):
                 known = found.get(form.y)
                 if known is None or len(known.ops) < len(form.ops):
                     found[form.y] = form
-        for op in grouped:
-            whole = regrouped(self.reading, op)
+        for op in [op for op in self.graph.ops if op.kind == "instance_norm"]:
+            whole = of_instance_norm(self.reading, op)
             if whole is not None:
                 found[whole.y] = whole
         forms = sorted(found.values(), key=lambda form: self.order[form.ops[-1]])
@@ -131,10 +124,8 @@ class Search:
             cast_before_weight=self._cast_before_weight(spread, end, x) if is_cast else None,
             p=p,
         )
-        return self._with_group(form)
-
-    def _with_group(self, form: NormForm) -> NormForm:
-        return form
+        whole = grouped(self.reading, form) if moment.centred and label.weight is label.bias is None else None
+        return whole or form
 
     def _facts(self, moment: Moment, label: Label) -> tuple[str, float, float, bool] | None:
         """(kind, ε, gain, unbiased), or None where the sum is divided by what is no count of its terms."""
