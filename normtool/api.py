@@ -71,8 +71,8 @@ class Rewrite(ModelResult):
     @property
     def folded(self) -> int:
         """How many norms are gone. Constant Mul and Add chains are sites too, and no norms."""
-        norms = [site for site in self.sites if site.norm.kind != AFFINE]
-        return sum(site.verdict in (FOLDED, LOWERED) for site in norms)
+        norms = [site for site in self.sites if site.norm.kind != AFFINE and site.verdict in (FOLDED, LOWERED)]
+        return sum(site.fold is None or not site.fold.moved for site in norms)
 
     @property
     def changed(self) -> bool:
@@ -106,6 +106,8 @@ class Restoration(ModelResult):
     before: Census
     after: Census
     norms: tuple[str, ...]
+    #: of each norm
+    kinds: tuple[str, ...]
     validation: Comparison | None = None
     outputs: tuple[dict[str, str], ...] = ()
 
@@ -120,13 +122,13 @@ class Restoration(ModelResult):
             "sites": [
                 {
                     "name": name,
-                    "kind": "batch_norm",
+                    "kind": kind,
                     "verdict": RESTORED,
                     "into": [],
                     "reasons": [],
                     "proof": None,
                 }
-                for name in self.norms
+                for name, kind in zip(self.norms, self.kinds, strict=True)
             ],
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
@@ -302,6 +304,8 @@ def unfold(
 ) -> Restoration:
     """Put the BatchNorms back that a fold has taken out: their names, and their statistics bit for bit.
 
+    γ and β that a fold has moved (`affine`) come back too.
+
     `record` is `Rewrite.undo`, a report that holds it (`normtool fold --undo --report`), or the path of one.
 
     Raises StalePlan when the weights have changed since the fold, UnreadableModel for a record that is none.
@@ -323,7 +327,8 @@ def make_restoration(opened: Opened, record: Mapping[str, Any] | str | Path) -> 
     verbs = verbs_of(source)
     restored = verbs.undo_fold(source, document)
     names = tuple(str(norm["name"]) for norm in document["norms"])
-    return Restoration(source, restored, verbs.census_of(source), verbs.census_of(restored), names)
+    kinds = tuple(str(norm.get("kind", "batch_norm")) for norm in document["norms"])
+    return Restoration(source, restored, verbs.census_of(source), verbs.census_of(restored), names, kinds)
 
 
 def _read_report(path: Path) -> Any:
@@ -347,7 +352,8 @@ def fold(
 ) -> Rewrite:
     """Fold every BatchNorm that can be folded exactly.
 
-    `options` are the fields of `FoldOptions`: freeze, only, skip, lower, duplicate, border_maps, requantise.
+    `options` are the fields of `FoldOptions`: freeze, only, skip, lower, duplicate, border_maps, requantise,
+    affine (γ and β of LayerNorm, RMSNorm, GroupNorm and InstanceNorm go into what reads those).
     With `validate`, both models are run and compared (`.validation`); where nothing was folded there is
     nothing to compare. `inplace` puts the result into the ModelProto or nn.Module that was given, unless
     validation did not find it equal.

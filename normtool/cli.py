@@ -194,6 +194,7 @@ class Choosing:
     duplicate: bool
     border_maps: bool
     requantise: bool
+    affine: bool
 
 
 @dataclass(frozen=True)
@@ -381,6 +382,11 @@ _choosing = _bundled(
         "--requantise",
         is_flag=True,
         help="Round a shift into a quantised bias; the report states the error.",
+    ),
+    click.option(
+        "--affine",
+        is_flag=True,
+        help="Move γ, β of Layer-, RMS-, Group- and InstanceNorms into the layers that read them, too.",
     ),
     click.option("--freeze", is_flag=True, help="Treat initializers that are also graph inputs as constants."),
 )

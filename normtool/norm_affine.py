@@ -13,7 +13,7 @@ A norm that is spelled out in primitive ops ends with a Mul by γ and an Add of 
 user's module, whose code makes the calls, they become 1 and 0 as γ and β of a single op do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from normtool.affine import Affine
 from normtool.constants import Constants
 from normtool.edits import Edit, Rebind, Replace, Splice
-from normtool.graph import ModelGraph, NormModule, Op, Tensor
+from normtool.graph import ModelGraph, Op, Tensor
 from normtool.norms import Norm
 from normtool.ops import ATEN
 from normtool.reasons import Reason
@@ -75,20 +75,25 @@ def tail_of(constants: Constants, norm: Norm) -> Tail | None:
     if norm.op is not None and norm.op.kind in NATIVE:
         return Tail.of(norm.op)
     if norm.op is None and norm.module is not None and norm.kind in NATIVE and norm.calls == 1:
-        return _in_module(constants, norm.module)
+        own = [op for op in constants.graph.ops if op.owner == norm.module.path]
+        return tail_among(constants, own, norm.module.learnable)
     return None
 
 
-def _in_module(constants: Constants, module: NormModule) -> Tail | None:
-    """The Mul and the Add in a module's own code by what it has learned, or by what is computed from that."""
+def tail_among(constants: Constants, ops: Iterable[Op], parameters: Iterable[Tensor | None]) -> Tail | None:
+    """The one Mul and the one Add among the `ops` of a norm by what is computed from its `parameters`.
+
+    None where there is neither, or more than one.
+    """
     graph, found = constants.graph, dict[str, list[Op]]()
-    for op in graph.ops:
-        if op.owner == module.path and op.kind in ("mul", "add"):
+    roots = {root for each in parameters for root in _stored(graph, each)}
+    for op in ops:
+        if op.kind in ("mul", "add"):
             inputs = graph.inputs(op).values()
             known = [each for each in inputs if not isinstance(constants.value(each), Reason)]
-            if len(known) == 1 and set(_stored(graph, known[0])) & set(module.learnable):
+            if len(known) == 1 and roots.intersection(_stored(graph, known[0])):
                 found.setdefault(op.kind, []).append(op)
-    if not found or any(len(ops) > 1 for ops in found.values()):
+    if not found or any(len(those) > 1 for those in found.values()):
         return None
     return Tail(*(found.get(kind, [None])[0] for kind in ("mul", "add")))
 

@@ -31,7 +31,9 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
     # ---- verdicts
     "folded": (
         "The norm is gone; its scale and shift now live in the constants of the ops named under `into`. Where "
-        "only the scale could move, the shift is the constant of an Add in the norm's place.",
+        "only the scale could move, the shift is the constant of an Add in the norm's place. A norm that "
+        "computes its statistics at run time stays, and has lost what `moved` names (`--affine`): γ is 1, "
+        "β is 0 or absent.",
         "Nothing. `proof` in the JSON report says how it was checked.",
     ),
     "lowered": (
@@ -65,7 +67,8 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
     "data_dependent": (
         "The norm computes its statistics from its input at run time (LayerNorm, GroupNorm, "
         "InstanceNorm, RMSNorm, …), so it is not an affine map and cannot be folded away.",
-        "Nothing to fold. Only BatchNorm in inference has fixed statistics.",
+        "Nothing to fold. Only BatchNorm in inference has fixed statistics. `--affine` moves γ and β, where it "
+        "has any.",
     ),
     "degenerate_stats": (
         "γ/√(σ²+ε) is not finite: a variance is negative or NaN, or σ²+ε is 0.",
@@ -91,7 +94,8 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "Fold BatchNorm before quantising the model.",
     ),
     "shared_parameter": (
-        "The stored value is used by several ops and cannot be replaced for one of them alone.",
+        "The stored value is used by several ops and cannot be replaced for one of them alone; or it is the "
+        "table of an embedding too (a tied head), which would have to be stored twice.",
         "Give each op its own copy in the source model.",
     ),
     "range_overflow": (

@@ -139,6 +139,7 @@ def document(format: str, skeleton: bytes, tensors: list[dict[str, Any]], plan: 
     norms = [
         {
             "name": site.norm.name,
+            "kind": site.norm.kind,
             "eps": site.norm.eps,
             "tensors": [tensor.name for tensor in (*site.norm.learnable, *site.norm.buffers)],
         }
