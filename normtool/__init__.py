@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         load,
         plan,
         scan,
+        swap,
         unfold,
         validate,
     )
@@ -38,7 +39,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(("Restoration", "Rewrite", "apply", "bench", "convert", "fold", "load"), "normtool.api"),
-    **dict.fromkeys(("plan", "scan", "unfold", "validate"), "normtool.api"),
+    **dict.fromkeys(("plan", "scan", "swap", "unfold", "validate"), "normtool.api"),
     "Benchmark": "normtool.timing",
     "Conversion": "normtool.conversion",
     "NormtoolError": "normtool.errors",
@@ -67,6 +68,7 @@ __all__ = [
     "load",
     "plan",
     "scan",
+    "swap",
     "unfold",
     "validate",
 ]

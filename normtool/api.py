@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,12 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from normtool.comparison import EQUAL, Comparison
+from normtool.destination import scratch_folder
 from normtool.errors import UnreadableModel, UsageError
 from normtool.key_map import key_map
-from normtool.options import FoldOptions
+from normtool.options import FoldOptions, SwapOptions
 from normtool.parameters import Census
 from normtool.planner import AFFINE, Plan, Progress, Site
-from normtool.reasons import FOLDED, LOWERED, RESTORED
+from normtool.reasons import FOLDED, LOWERED, RESTORED, SWAPPED
 from normtool.results import SCHEMA, ModelResult, verbs_of
 from normtool.scanning import Scan, scan_graph
 from normtool.timing import Benchmark
@@ -73,6 +73,11 @@ class Rewrite(ModelResult):
         """How many norms are gone. Constant Mul and Add chains are sites too, and no norms."""
         norms = [site for site in self.sites if site.norm.kind != AFFINE and site.verdict in (FOLDED, LOWERED)]
         return sum(site.fold is None or not site.fold.moved for site in norms)
+
+    @property
+    def swapped(self) -> int:
+        """How many LayerNorms are RMSNorms now, or have gone into a table."""
+        return sum(site.verdict in (SWAPPED, FOLDED) for site in self.sites if site.norm.kind == "layer_norm")
 
     @property
     def changed(self) -> bool:
@@ -381,6 +386,71 @@ def fold(
     return result
 
 
+def plan_swap(
+    model: Model,
+    inputs: Inputs = None,
+    progress: Progress = lambda done, total: None,
+    **options: Any,
+) -> Plan:
+    """What `swap` would do with these `options`, proved site by site; nothing is changed or written.
+
+    (With a target or outputs that change the model first, the plan is for the model as it is then.)
+    """
+    return _planned_swap(_with_dataflow(load(model, inputs)), SwapOptions(**options), progress)[2]
+
+
+def _planned_swap(
+    opened: "OnnxModel | TorchModel", options: SwapOptions, progress: Progress = lambda done, total: None
+) -> tuple[Any, Any, Plan]:
+    """(what to compare with, what to swap, the plan)."""
+    verbs = verbs_of(opened)
+    reference, prepared, settled = verbs.prepared(opened, options)
+    made: Plan = verbs.make_swap_plan(prepared, settled, progress)
+    return reference, prepared, made
+
+
+def make_swap(
+    opened: Opened, options: SwapOptions, progress: Progress = lambda done, total: None, inplace: bool = False
+) -> Rewrite:
+    """`swap` without the comparison."""
+    reference, prepared, made = _planned_swap(_with_dataflow(opened), options, progress)
+    result = rewrite(prepared, made, **({"inplace": True} if inplace else {}))
+    return replace(result, source=reference, before=verbs_of(reference).census_of(reference))
+
+
+def swap(
+    model: Model,
+    inputs: Inputs = None,
+    validate: bool = True,
+    inplace: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    **options: Any,
+) -> Rewrite:
+    """Turn LayerNorms into RMSNorms without changing the function, wherever that can be proved.
+
+    `options` are the fields of `SwapOptions`: mode, outputs, keep_affine, target, only, skip, freeze. With
+    `validate`, both models are run and compared. `inplace` as for `fold`.
+
+    Raises what `fold` raises; RuntimeRefused also when ONNX cannot convert the model to the opset of the target.
+    """
+    if inplace and not (hasattr(model, "CopyFrom") or hasattr(model, "named_modules")):
+        raise UsageError(
+            "inplace needs an onnx.ModelProto or an nn.Module; save(path, force=True) replaces a file"
+        )
+    opened, settled = _with_dataflow(load(model, inputs)), SwapOptions(**options)
+    result = make_swap(opened, settled)
+    if validate and result.changed:
+        comparison = compare_models(result.source, result.rewritten, inputs, device, seed)
+        result = replace(result, validation=comparison)
+    if inplace and (result.validation is None or result.validation.verdict == EQUAL):
+        if hasattr(model, "CopyFrom"):
+            model.CopyFrom(result.model)
+        else:
+            result = replace(make_swap(opened, settled, inplace=True), validation=result.validation)
+    return result
+
+
 def validate(
     reference: Model,
     candidate: Model,
@@ -515,7 +585,7 @@ def _as_file(inputs: Inputs) -> Iterator[Path | None]:
         return
     if not isinstance(inputs, Mapping):
         raise UsageError("inputs of ONNX models are given by name: {name: array}")
-    with tempfile.TemporaryDirectory(prefix="normtool-") as folder:
-        path = Path(folder) / "inputs.npz"
+    with scratch_folder() as folder:
+        path = folder / "inputs.npz"
         np.savez(path, **{name: np.asarray(array) for name, array in inputs.items()})  # type: ignore
         yield path

@@ -7,12 +7,15 @@ import ast
 import functools
 import json
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 import click
@@ -21,6 +24,9 @@ from normtool.errors import NormtoolError, OutputError, RuntimeRefused, UsageErr
 
 INTERRUPTED = 130
 INTERNAL = 70
+
+#: Seconds in which Ctrl-C, pressed again, is the same one.
+IMPATIENCE = 1.0
 
 _EPILOG = (
     "Exit codes: 0 done (validate: equal) · 1 negative result · 2 usage · 3 model unreadable or refused · "
@@ -36,6 +42,7 @@ def main() -> None:
     """Entry point: run the command and leave with its exit code."""
     # the products of a proof are small: numpy's BLAS threads would spend more on waiting than on them
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    _interrupt_once()
     out = _claim_stdout()
     verbose = _count_v(sys.argv[1:])
     try:
@@ -67,6 +74,21 @@ def main() -> None:
         print("please report it; -vv shows where it happened", file=sys.stderr)
         code = INTERNAL
     _leave(out, code)
+
+
+def _interrupt_once() -> None:
+    """Whoever presses Ctrl-C twice means it once; the second must not cut off what the first has removed."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a shell can have it ignored
+        return
+    last = -IMPATIENCE
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before > IMPATIENCE:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def _claim_stdout() -> TextIO:
@@ -198,6 +220,24 @@ class Choosing:
 
 
 @dataclass(frozen=True)
+class Swapping:
+    """What to swap, and how: the fields of `options.SwapOptions`."""
+
+    mode: str
+    outputs: tuple[str, ...]
+    keep_affine: bool
+    target: str | None
+    only: tuple[str, ...]
+    skip: tuple[str, ...]
+    freeze: bool
+
+    def to_options(self) -> Any:
+        from normtool.options import SwapOptions
+
+        return SwapOptions(**{**vars(self), "outputs": self.outputs or None})
+
+
+@dataclass(frozen=True)
 class Opening:
     """How to open a model that is made by a factory, or does not say what to call it with."""
 
@@ -285,6 +325,33 @@ _opening = _bundled(
         multiple=True,
         metavar="NAME=1x3x224x224[:dtype]",
         help="Shape of a generated input.",
+    ),
+)
+
+
+_swapping = _bundled(
+    "swapping",
+    Swapping,
+    click.option("--freeze", is_flag=True, help="Treat initializers that are also graph inputs as constants."),
+    click.option("--except", "skip", multiple=True, metavar="PATTERN", help="Leave norms of this name alone."),
+    click.option("--only", multiple=True, metavar="PATTERN", help="Swap norms of this name (a shell pattern)."),
+    click.option(
+        "--target",
+        type=click.Choice(["onnx", "primitive", "ort"]),
+        help="RMSNormalization (opset 23, to which the model is raised), primitive ops that ONNX Runtime fuses, or "
+        "its own SimplifiedLayerNormalization. Default: onnx from opset 23 on, else primitive.",
+    ),
+    click.option("--keep-affine", is_flag=True, help="Leave γ and β where they are; each β stays as an Add."),
+    click.option(
+        "--outputs", multiple=True, metavar="NAME", help="Keep this output; those that are not named go."
+    ),
+    click.option(
+        "--mode",
+        type=click.Choice(["exact", "centre", "approximate"]),
+        default="exact",
+        show_default=True,
+        help="exact: where it pays. centre: all that can be, with as many Centre ops as it takes. approximate: the "
+        "rest too, without their mean (no longer the same function).",
     ),
 )
 
@@ -451,6 +518,62 @@ def fold(
             print("normtool: nothing to fold; the output is the model as it was", file=sys.stderr)
         return 0
     return _refuse_output("folded", verdict, writing)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--dry-run", is_flag=True, help="Print the plan, proved, and write nothing.")
+@_swapping
+@_timing
+@_writing
+@_opening
+@_running
+@_common
+@click.pass_obj
+def swap(
+    out: TextIO,
+    model: str,
+    dry_run: bool,
+    swapping: Swapping,
+    timing: Timing,
+    writing: Writing,
+    opening: Opening,
+    running: Running,
+    common: Common,
+) -> int:
+    """Turn the LayerNorms of MODEL into RMSNorms that compute the same.
+
+    What writes their input takes the mean out, exactly and once; γ and β go into what reads them. The plan says of every
+    LayerNorm whether that is free, needs a Centre op, or who observes the mean.
+    """
+    from normtool import api
+
+    if writing.output is None and not dry_run:
+        raise UsageError("swap needs -o OUTPUT, or --dry-run to only see the plan")
+    if not dry_run:
+        writing.check()
+    _check_report(common.report, Path(model), writing.output)
+    options = writing.options(running, opening)
+    with _progress(common.quiet) as progress:
+        progress.step(f"reading {Path(model).name}")
+        opened = opening.load(model, inputs_file=running.inputs_file)
+        timing.check(opened)
+        progress.step("planning and proving")
+        result = api.make_swap(opened, swapping.to_options(), progress.count)
+        timed = functools.partial(
+            timing.timed, running=running, opening=opening, common=common, step=progress.step
+        )
+        if dry_run:
+            result, verdict = timed(result), "equal"
+        else:
+            result, verdict = _write(result, result.changed, writing, options, progress.step, timed)
+    _show(out, [result], result.to_dict(), common)
+    _say_failed_proofs(result.sites)
+    if verdict == "equal":
+        if not (result.changed or dry_run or common.quiet):
+            print("normtool: nothing to swap; the output is the model as it was", file=sys.stderr)
+        return 0
+    return _refuse_output("swapped", verdict, writing)
 
 
 @cli.command()
@@ -718,13 +841,9 @@ def _check_report(path: Path | None, *models: Path | None) -> None:
 
 def _write_report(path: Path, text: str) -> None:
     """Atomically, as everything else is written."""
-    from normtool.destination import as_output_error
+    from normtool.destination import afterwards, as_output_error, remove
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with as_output_error(path):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            if temporary.exists():
-                temporary.unlink()
+    with as_output_error(path), afterwards(remove, temporary):
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)

@@ -475,6 +475,7 @@ TABLE: tuple[OpRow, ...] = (
     ),
     _row("gather_nd", _onnx("GatherND", "x indices")),
     _row("index", *_aten("index", "input:x indices")),
+    _row("roll", *_aten("roll", "input:x shifts dims:axes")),
     _row("tile", _onnx("Tile", "x repeats"), *_aten("repeat", "input:x repeats")),
     # ---- constants
     _row("constant", _onnx("Constant", "")),

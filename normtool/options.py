@@ -57,15 +57,15 @@ TARGETS = ("onnx", "primitive", "ort")
 class SwapOptions:
     """`mode`: "exact" swaps where that pays, "centre" all that can be, "approximate" the rest too, by dropping the mean.
 
-    `outputs`: names of the outputs that must stay as they are (None: all); the others go. `keep_affine`: leave γ
-    and β where they are. `target`: how an RMSNorm is spelled in ONNX (one of TARGETS). `only`, `skip`: shell
+    `outputs`: names of the outputs that are wanted (None: all); the others go. `keep_affine`: leave γ and β where
+    they are. `target`: how an RMSNorm is spelled in ONNX (one of TARGETS; None: as the model's opset allows). `only`, `skip`: shell
     patterns of norm names. `freeze`: treat ONNX initializers that are also graph inputs as constants.
     """
 
     mode: str = "exact"
     outputs: tuple[str, ...] | None = None
     keep_affine: bool = False
-    target: str = "primitive"
+    target: str | None = None
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     freeze: bool = False
@@ -73,7 +73,7 @@ class SwapOptions:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UsageError(f"mode={self.mode!r}: choose one of {', '.join(MODES)}")
-        if self.target not in TARGETS:
+        if self.target is not None and self.target not in TARGETS:
             raise UsageError(f"target={self.target!r}: choose one of {', '.join(TARGETS)}")
 
     chooses = FoldOptions.chooses

@@ -8,7 +8,7 @@ of the graph one after the other, so that each sees what the last has left.
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,8 @@ class Fold:
     proof: Proof | None = None
     #: what a copied op stores a second time
     added_bytes: int = 0
+    #: what else the report says of it
+    about: Mapping[str, Any] = field(default_factory=dict)
     #: of a norm that stays: which of its `weight` and `bias` went forward, and the ops that had them
     moved: tuple[str, ...] = ()
     moved_from: tuple[Op, ...] = ()
@@ -99,6 +101,8 @@ class Site:
         }
         if self.fold is not None and self.fold.moved:
             site["moved"] = list(self.fold.moved)
+        if self.fold is not None:
+            site |= self.fold.about
         if self.fold is not None and self.fold.added_bytes:
             site["added"] = {"ops": 1, "bytes": self.fold.added_bytes}
         return site
@@ -112,6 +116,8 @@ class Plan:
     folds: tuple[Fold, ...]
     fingerprint: str
     freeze: bool = False
+    #: what made it: "fold" or "swap"
+    verb: str = "fold"
 
     @property
     def edits(self) -> tuple[Edit, ...]:

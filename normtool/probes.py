@@ -390,7 +390,11 @@ def _split(known: _Known) -> Settled:
 
 
 def _cut(known: _Known) -> Settled:
-    """Slice and select: what is cut keeps its length."""
+    """Slice and select: what is cut keeps its length. Of a constant, computed positions are the first two."""
+    if "x" in known.form.constants:
+        bounds = {"starts": [0], "ends": [2], "steps": [1]} if known.form.kind == "slice" else {"index": 0}
+        computed = {name: value for name, value in bounds.items() if name in known.form.data}
+        return Settled({}, computed, frozenset(computed))
     tensor = known.form.data["x"]
     lengths = known.shapes.lengths(tensor)
     stated = known.attribute("axes" if known.form.kind == "slice" else "axis")
@@ -455,8 +459,10 @@ def _resized(known: _Known) -> Settled:
 
 
 def _expanded(known: _Known) -> Settled:
-    lengths = [n or 2 for n in known.shapes.lengths(known.form.data["x"])]
     target = [n or 2 for n in known.shapes.lengths(known.outputs["y"])]
+    if "x" in known.form.constants:
+        return Settled({}, {"shape": target}, frozenset(["shape"]))
+    lengths = [n or 2 for n in known.shapes.lengths(known.form.data["x"])]
     return Settled({"x": tuple(lengths)}, {"shape": target}, frozenset(["shape"]))
 
 

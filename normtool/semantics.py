@@ -175,6 +175,24 @@ def _reduce_mean(call: Call) -> Array:
     return np.asarray(x.mean(axis=tuple(axes) if axes else None, keepdims=keep))
 
 
+def _reduce_sum(call: Call) -> Array:
+    x, axes = call.array("x"), call.integers("axes")
+    if not axes and call.attribute("noop_with_empty_axes", 0):
+        return x
+    keep = bool(call.attribute("keepdims", 1))
+    return np.asarray(x.sum(axis=tuple(axes) if axes else None, keepdims=keep))
+
+
+def _var_mean(call: Call) -> dict[str, Array]:
+    """PyTorch's: Σ(x − mean)²/(N − correction), which is 1 unless it is given."""
+    x, axes = call.array("x"), call.integers("axes")
+    over = tuple(axes) if axes else None
+    correction = call.attribute("correction", call.attribute("unbiased", 1))
+    keep = bool(call.attribute("keepdims", 0))
+    var = x.var(axis=over, ddof=float(1 if correction is None else correction), keepdims=keep)  # type: ignore[arg-type]
+    return {"var": np.asarray(var), "mean": np.asarray(x.mean(axis=over, keepdims=keep)), "y": np.asarray(var)}
+
+
 # ---- elementwise ------------------------------------------------------------------------------
 
 
@@ -184,6 +202,20 @@ def _unary(function: Callable[[Array], Array]) -> Callable[[Call], Array]:
 
 def _binary(function: Callable[[Array, Array], Array]) -> Callable[[Call], Array]:
     return lambda call: function(call.array("a"), call.array("b"))
+
+
+def _pow(call: Call) -> Array:
+    """PyTorch's `square` has no exponent."""
+    exponent = call.array("exponent") if "exponent" in call.inputs else call.attribute("exponent", 2)
+    return np.asarray(call.array("x") ** exponent)
+
+
+def _roll(call: Call) -> Array:
+    return np.roll(call.array("x"), tuple(call.integers("shifts")), tuple(call.integers("axes")))
+
+
+def _where(call: Call) -> Array:
+    return np.where(call.array("condition") != 0, call.array("a"), call.array("b"))
 
 
 def _sum(call: Call) -> Array:
@@ -286,6 +318,11 @@ _DEFINITIONS: Mapping[str, Callable[[Call], Array | list[Array] | dict[str, Arra
     "mul": _binary(np.multiply),
     "div": _binary(np.divide),
     "sum": _sum,
+    "pow": _pow,
+    "sqrt": _unary(np.sqrt),
+    "rsqrt": _unary(lambda x: 1 / np.sqrt(x)),
+    "reciprocal": _unary(lambda x: 1 / x),
+    "where": _where,
     "neg": _unary(np.negative),
     "relu": _unary(lambda x: np.maximum(x, 0)),
     "leaky_relu": _leaky_relu,
@@ -307,6 +344,7 @@ _DEFINITIONS: Mapping[str, Callable[[Call], Array | list[Array] | dict[str, Arra
     "gather_nd": shapes.gather_nd,
     "index": shapes.index,
     "tile": shapes.tile,
+    "roll": _roll,
     "pad": shapes.pad,
     "resize": shapes.resize,
     "upsample": shapes.upsample,
@@ -315,6 +353,9 @@ _DEFINITIONS: Mapping[str, Callable[[Call], Array | list[Array] | dict[str, Arra
     "adaptive_average_pool": windows.adaptive_average_pool,
     "max_pool": windows.max_pool,
     "reduce_mean": _reduce_mean,
+    "reduce_sum": _reduce_sum,
+    "var": _var_mean,
+    "var_mean": _var_mean,
     "quantize_linear": _quantize_linear,
     "dequantize_linear": _dequantize_linear,
 }

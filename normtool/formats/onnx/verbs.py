@@ -1,6 +1,7 @@
 """What the library does with an opened ONNX model; `formats/torch/verbs.py` has the same functions."""
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -12,11 +13,22 @@ from normtool.formats.onnx.model import OnnxModel
 from normtool.formats.onnx.undo import undo_fold, undo_record
 from normtool.formats.onnx.write import Staged, staged, to_proto
 from normtool.key_map import Keys
-from normtool.options import FoldOptions
+from normtool.options import FoldOptions, SwapOptions
 from normtool.parameters import Census, census
 from normtool.planner import Plan, Progress, plan_fold
 
-__all__ = ["apply", "census_of", "keys_of", "make_plan", "stage", "to_object", "undo_fold", "undo_record"]
+__all__ = [
+    "apply",
+    "census_of",
+    "keys_of",
+    "make_plan",
+    "make_swap_plan",
+    "prepared",
+    "stage",
+    "to_object",
+    "undo_fold",
+    "undo_record",
+]
 
 
 def census_of(opened: OnnxModel) -> Census:
@@ -30,6 +42,23 @@ def keys_of(opened: OnnxModel) -> Keys:
 
 def make_plan(opened: OnnxModel, options: FoldOptions, progress: Progress) -> Plan:
     return plan_fold(opened.graph, opened.fingerprint, options, progress)
+
+
+def prepared(opened: OnnxModel, options: SwapOptions) -> tuple[OnnxModel, OnnxModel, SwapOptions]:
+    """(what the result is compared with, what is swapped, how its RMSNorms are spelled)."""
+    from normtool.centring.targets import ONNX, PRIMITIVE, RMS_OPSET
+    from normtool.formats.onnx.prepare import default_opset, with_opset, with_outputs
+
+    reference = opened if options.outputs is None else with_outputs(opened, options.outputs)
+    target = options.target or (ONNX if default_opset(opened) >= RMS_OPSET else PRIMITIVE)
+    swapped = with_opset(reference, RMS_OPSET) if target == ONNX else reference
+    return reference, swapped, replace(options, target=target)
+
+
+def make_swap_plan(opened: OnnxModel, options: SwapOptions, progress: Progress) -> Plan:
+    from normtool.swap import plan_swap  # only `swap` pays for it
+
+    return plan_swap(opened.graph, opened.fingerprint, options, progress)
 
 
 def apply(opened: OnnxModel, plan: Plan) -> OnnxModel:

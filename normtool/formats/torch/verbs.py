@@ -1,6 +1,7 @@
 """What the library does with an opened PyTorch model; `formats/onnx/verbs.py` has the same functions."""
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from normtool.formats.torch.model import TorchModel
 from normtool.formats.torch.sources import hash_file, need_example
 from normtool.formats.torch.undo import undo_fold, undo_record
 from normtool.key_map import Keys
-from normtool.options import FoldOptions
+from normtool.options import FoldOptions, SwapOptions
 from normtool.parameters import Census
 from normtool.planner import Plan, Progress, plan_fold
 
@@ -24,6 +25,8 @@ __all__ = [
     "census_of",
     "keys_of",
     "make_plan",
+    "make_swap_plan",
+    "prepared",
     "stage",
     "to_object",
     "to_program",
@@ -61,7 +64,35 @@ def make_plan(opened: TorchModel, options: FoldOptions, progress: Progress) -> P
     )
 
 
+def prepared(opened: TorchModel, options: SwapOptions) -> tuple[TorchModel, TorchModel, SwapOptions]:
+    """(what the result is compared with, what is swapped, how). PyTorch has an operator for RMSNorm."""
+    if options.target not in (None, "onnx"):
+        raise UsageError(f"--target {options.target} is for ONNX models; PyTorch has nn.RMSNorm")
+    reference = opened if options.outputs is None else program_apply.with_outputs(opened, options.outputs)
+    return reference, reference, replace(options, target="onnx")
+
+
+def make_swap_plan(opened: TorchModel, options: SwapOptions, progress: Progress) -> Plan:
+    from normtool.swap import plan_swap
+
+    if opened.module is None:
+        return plan_swap(opened.graph, opened.fingerprint, options, progress)
+    from normtool.formats.torch import module_swap
+
+    return plan_swap(
+        opened.graph,
+        opened.fingerprint,
+        options,
+        progress,
+        review=lambda folds: module_swap.review(opened, folds),
+    )
+
+
 def apply(opened: TorchModel, plan: Plan, inplace: bool = False) -> TorchModel:
+    if opened.module is not None and plan.verb == "swap":
+        from normtool.formats.torch import module_swap
+
+        return module_swap.swap_module(opened, plan, inplace)
     if opened.module is not None:
         return module_apply.fold_module(opened, plan, inplace)
     if inplace:

@@ -1,0 +1,460 @@
+"""The plan of `swap`: which LayerNorms become RMSNorms, what takes their Centres in, and the proof of each.
+
+    LN_{γ,β,ε}(x) = γ · RMS_ε(P·x) + β        P = I − (1/d)·11ᵀ
+
+with the same ε: P·x has no mean, so its biased variance is its second moment. `centring.facts` finds out whose constants
+can take P in. Every change is a `Fold` of its own, so that a format can object to one, and the plan is made again
+without it:
+
+1. constant scales that stand between a sum and its writers (LayerScale) go into the writers;
+2. a LayerNorm of nothing but rows of a table goes into the table;
+3. γ and β of norms that will be swapped go forward into what reads them;
+4. writers take the Centre in, Centre ops are put where the cut says, norms become RMSNorms.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from normtool.centring import targets
+from normtool.centring.facts import Centre, Centring, Fact, Facts, Solution, Writer
+from normtool.centring.proof import NormStep, OpStep, Step, TableStep, prove
+from normtool.centring.steps import Before
+from normtool.centring.values import Centred, RowWise, zeros_like
+from normtool.constants import Constants
+from normtool.detect import find_norms
+from normtool.edits import Edit, Graft, Part, Rebind, Splice
+from normtool.forms import NormForm, norm_forms
+from normtool.graph import ModelGraph, Op, Tensor
+from normtool.norm_affine import WITHOUT_BIAS, Tail
+from normtool.norms import Norm
+from normtool.options import FoldOptions, SwapOptions
+from normtool.planner import Fold, Path, Plan, Planner, Progress, Review, Site
+from normtool.proof import prove as prove_fold
+from normtool.proof import region_of
+from normtool.reasons import FOLDED, KEPT, SWAPPED, Reason
+from normtool.rules.carriers import refusal
+from normtool.values import Array, Rounded, Value, byte_count, exact_array, is_float
+from normtool.walk import Stopped
+
+#: A norm goes into a table that others read too (a tied head) only where the copy is at most this share of the model.
+TABLE_SHARE = 0.05
+
+#: Modes that keep the function.
+EXACT, CENTRE = "exact", "centre"
+
+
+@dataclass(frozen=True, eq=False)
+class SwapFold(Fold):
+    """One change of a swap; `named` says where things went."""
+
+    named: tuple[str, ...] = ()
+
+    @property
+    def into(self) -> tuple[str, ...]:
+        return self.named
+
+
+def plan_swap(
+    graph: ModelGraph,
+    fingerprint: str = "",
+    options: SwapOptions | None = None,
+    progress: Progress = lambda done, total: None,
+    review: Review = lambda folds: {},
+) -> Plan:
+    """Decide for every LayerNorm of `graph` whether it becomes an RMSNorm, and prove each change.
+
+    `review` and a failing proof take changes back, as for `plan_fold`; the plan is made again until nothing speaks
+    against it.
+    """
+    options = options or SwapOptions()
+    against = _Against()
+    while True:
+        swapper = _Swapper(graph, options, against)
+        made = swapper.plan(fingerprint, progress)
+        refused = dict(review(made.folds)) or {
+            fold.path: fold.proof.failures for fold in made.folds if fold.proof and fold.proof.failures
+        }
+        if not refused or not against.note(swapper, refused):
+            return made
+
+
+@dataclass
+class _Against:
+    """What a format or a proof has objected to so far, by the ops of the original graph."""
+
+    folds: dict[Any, tuple[Reason, ...]] = field(default_factory=dict)
+    constants: dict[tuple[Op, str], Reason] = field(default_factory=dict)
+    centres: dict[Tensor, Reason] = field(default_factory=dict)
+    norms: dict[Op, tuple[Reason, ...]] = field(default_factory=dict)
+
+    def note(self, swapper: "_Swapper", refused: Mapping[Path, tuple[Reason, ...]]) -> bool:
+        """Remember; False if that is nothing new."""
+        before = sum(map(len, (self.folds, self.constants, self.centres, self.norms)))
+        for path, reasons in refused.items():
+            for what in swapper.subject.get(path, ()):
+                match what:
+                    case Writer(op=op, slot=slot):
+                        self.constants[swapper.draft.origin(op), slot] = reasons[0]
+                    case Centre(fact=fact):
+                        self.centres[fact.tensor] = reasons[0]
+                    case Op():
+                        self.norms[what] = reasons
+            if path not in swapper.subject:
+                self.folds[swapper.planner.key(path)] = reasons
+        return sum(map(len, (self.folds, self.constants, self.centres, self.norms))) > before
+
+
+class _Swapper:
+    """One pass over all norms."""
+
+    def __init__(self, graph: ModelGraph, options: SwapOptions, against: _Against) -> None:
+        self.original = graph
+        self.options = options
+        self.against = against
+        self.planner = Planner(graph, FoldOptions(freeze=options.freeze), against.folds)
+        self.draft, self.constants = self.planner.graph, self.planner.constants
+        self.model_bytes = sum(byte_count(tensor.value) for tensor in graph.tensors if tensor.value is not None)
+        #: path of a fold → what is given up if that fold is
+        self.subject: dict[Path, tuple[Writer | Centre | Op, ...]] = {}
+        #: path of a fold → what has to be shown of it
+        self.shown_by: dict[Path, list[Step]] = {}
+        #: norm → the same as the draft has it now
+        self.now: dict[NormForm, NormForm] = {}
+        #: why β could not move, and what did
+        self.unmoved: dict[NormForm, tuple[Reason, ...]] = {}
+        self.moved: dict[NormForm, Fold] = {}
+
+    def plan(self, fingerprint: str, progress: Progress) -> Plan:
+        norms = find_norms(self.original, Constants(self.original, self.options.freeze))
+        self.options.check(norm.name for norm in norms)
+        forms = norm_forms(self.original, Constants(self.original, self.options.freeze))
+        self.now = {form: form for form in forms}
+        of_norm = {norm: _form_of(norm, forms) for norm in norms}
+        kept = {norm: reasons for norm in norms if (reasons := self._obstacles(norm, of_norm[norm]))}
+        chosen = [form for norm, form in of_norm.items() if norm not in kept and form is not None]
+        tables = {form: fold for form in chosen if (fold := self._into_table(form)) is not None}
+        rest = [form for form in chosen if form not in tables]
+        facts, solution, unknown = self._solved(rest)
+        while self._scales_moved(facts):
+            facts, solution, unknown = self._solved(rest)
+        if not self.options.keep_affine:
+            self._strip(form for form in rest if form in solution.swapped)
+            facts, solution, unknown = self._solved(rest)
+        done = self._carried_out(facts, solution)
+        sites = []
+        for count, norm in enumerate(norms, 1):
+            form = of_norm[norm]
+            if form in tables:
+                sites.append(Site(norm, FOLDED, fold=tables[form]))
+            elif form in done:
+                sites.append(Site(norm, SWAPPED, self.unmoved.get(form, ()), done[form]))
+            else:
+                reasons = kept.get(norm) or solution.kept.get(form) or unknown.get(form, ())  # type: ignore[arg-type]
+                sites.append(Site(norm, KEPT, tuple(reasons)))
+            progress(count, len(norms))
+        if not tables and not done:
+            return Plan(tuple(sites), (), fingerprint, self.options.freeze, "swap")
+        return self._proved(
+            Plan(tuple(sites), tuple(self.planner.folds), fingerprint, self.options.freeze, "swap")
+        )
+
+    # ---- which norms ------------------------------------------------------------------
+
+    def _obstacles(self, norm: Norm, form: NormForm | None) -> tuple[Reason, ...]:
+        """Why a norm cannot even be looked at."""
+        name = norm.name
+        if norm.kind != "layer_norm":
+            return (Reason("not_layer_norm", f"it is a {norm.kind}", name),)
+        if self.original.no_dataflow:
+            return (Reason("no_dataflow", self.original.no_dataflow, name),)
+        if not self.options.chooses(name):
+            return (Reason("not_selected", "it is not among the norms that were chosen", name),)
+        if norm.calls == 0:
+            return (Reason("not_called", "the model never calls it", name),)
+        if form is None or form.eps is None:
+            return (Reason("unsupported_op", f"how {norm.spelling} computes is not known", name),)
+        if form.ops[-1] in self.against.norms:
+            return self.against.norms[form.ops[-1]]
+        return tuple(self._unlike(form))
+
+    def _unlike(self, form: NormForm) -> Iterator[Reason]:
+        """Where a LayerNorm is not γ·RMS_ε(P·x) + β with stored γ and β."""
+        name = form.y.name
+        if form.unbiased:
+            yield Reason("second_moment_differs", "its variance divides by N − 1", name)
+        if not form.eps_inside:
+            yield Reason("second_moment_differs", "its ε is not under the root", name)
+        if form.observed:
+            inner = form.observed[0].name
+            yield Reason("observed_mean", f"{inner!r}, inside the norm, is read by others", inner)
+        for tensor in (form.weight, form.bias):
+            value = self.constants.value(tensor) if tensor is not None else None
+            if isinstance(value, Reason):
+                yield value
+        if form.assumed and not self.options.freeze:
+            setting = form.assumed[0].name
+            yield Reason("overridable", f"{setting!r} is also a graph input", setting)
+        if form.x.dtype is None or not is_float(form.x.dtype):
+            yield Reason("axis_unknown", f"the dtype of {form.x.name!r} is unknown", name)
+
+    def _solved(self, norms: Sequence[NormForm]) -> tuple[Facts, Solution, dict[NormForm, tuple[Reason, ...]]]:
+        """The analysis of the draft as it is: (facts, what to do, norms whose axes are unknown)."""
+        facts = Facts(
+            self.constants,
+            self.now.values(),
+            refused=lambda op, slot: self.against.constants.get((self.draft.origin(op), slot)),
+            no_centre=self.against.centres.get,
+            model_bytes=self.model_bytes,
+        )
+        wanted = {form: facts.wanted(self.now[form]) for form in norms}
+        unknown = {form: (fact,) for form, fact in wanted.items() if isinstance(fact, Reason)}
+        known = {self.now[form]: fact for form, fact in wanted.items() if isinstance(fact, Fact)}
+        solution = facts.solve(known, at_any_price=self.options.mode == CENTRE)
+        originals = {now: form for form, now in self.now.items()}
+        return facts, solution.renamed(originals), unknown
+
+    # ---- what makes room --------------------------------------------------------------
+
+    def _into_table(self, form: NormForm) -> Fold | None:
+        """A LayerNorm of nothing but rows of a table: the table holds them normalised, and the norm goes."""
+        gather = self._looked_up(form)
+        table = self.constants.value(self.draft.inputs(gather)["table"]) if gather is not None else None
+        if gather is None or table is None or isinstance(table, Reason):
+            return None
+        path = (gather, *form.ops)
+        key = self.planner.key(path)
+        copied = len(self.draft.readers(self.draft.inputs(gather)["table"])) > 1
+        if key in self.against.folds or (copied and byte_count(table) > TABLE_SHARE * self.model_bytes):
+            return None
+        normed = RowWise(table, self._row_function(form))
+        before = region_of(self.draft, self.constants, form.ops)
+        edits: list[Edit] = [Rebind(gather, "table", normed, f"{gather.name}.table")]
+        if form.is_native:
+            edits.append(Splice(form.ops[0], "x"))
+        else:
+            edits.append(Graft(form.y, (Part("identity", {"x": form.x}),)))
+        self._carry_out(edits)
+        added = byte_count(table) if copied else 0
+        fold = SwapFold(path, form.ops, tuple(edits), (), added_bytes=added, named=(gather.name,))
+        self.shown_by[path] = [TableStep(form.y.name, form.x, before, table, normed)]
+        self._note(fold, form)
+        return fold
+
+    def _looked_up(self, form: NormForm) -> Op | None:
+        """The embedding whose rows are all that a norm reads, and that nobody else reads."""
+        inside: set[Op] = set(form.ops)
+        tensor = form.x
+        while True:
+            op = self.draft.producer(tensor)
+            if op is None or any(read.op not in inside for read in self.draft.readers(tensor)):
+                return None
+            if op.kind == "embedding":
+                break
+            if op.kind not in ("identity", "dropout", "cast") or refusal(self.constants, op) is not None:
+                return None
+            inside, tensor = {op}, self.draft.inputs(op)["x"]
+        rank, table = self.draft.rank(tensor), self.draft.inputs(op)["table"]
+        rows = rank is not None and form.axes in ((-1,), (rank - 1,)) and self.draft.rank(table) == 2
+        return op if rows and not self.constants.attribute(op, "axis") else None
+
+    def _row_function(self, form: NormForm) -> Callable[[Array], Array]:
+        gamma, beta = self._gamma(form), self._beta(form)
+        eps = float(form.eps or 0)
+
+        def normalise(x: Array) -> Array:
+            centred = x - x.mean(axis=-1, keepdims=True)
+            return np.asarray(centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps) * gamma + beta)
+
+        return normalise
+
+    def _gamma(self, form: NormForm) -> Array:
+        """γ, with what some norms add to it, flat."""
+        gamma = np.ones(1) if form.weight is None else self._wide(form.weight)
+        return np.asarray(form.gain * (gamma.reshape(-1) + form.weight_offset))
+
+    def _beta(self, form: NormForm) -> Array:
+        return np.zeros(1) if form.bias is None else self._wide(form.bias).reshape(-1)
+
+    def _wide(self, tensor: Tensor) -> Array:
+        value = self.constants.value(tensor)
+        assert not isinstance(value, Reason)
+        return exact_array(value)
+
+    def _scales_moved(self, facts: Facts) -> bool:
+        """Constant scales on the way go into the linear ops behind them."""
+        moved = False
+        for op in facts.scaled():
+            try:
+                self.planner.take_back(op)
+                moved = True
+            except Stopped:
+                continue
+        return moved
+
+    def _strip(self, norms: Iterable[NormForm]) -> None:
+        """γ and β go forward into what reads the norm: an RMSNorm has no β, and an Add costs what the swap gains."""
+        for form in norms:
+            try:
+                self.moved[form], reasons = self.planner.strip_affine(self._tail(form), WITHOUT_BIAS)
+            except Stopped as stopped:
+                reasons = stopped.reasons
+            self.now[form] = self._as_it_is(form)
+            if self.now[form].bias is not None and np.any(self._beta(self.now[form])):
+                self.unmoved[form] = tuple(reasons)
+
+    def _tail(self, form: NormForm) -> Tail:
+        if form.is_native:
+            return Tail.of(form.ops[0])
+        return Tail(*(self._reader(form, tensor) for tensor in (form.weight, form.bias)))
+
+    def _reader(self, form: NormForm, tensor: Tensor | None) -> Op | None:
+        """The op of a norm that reads its γ, or its β."""
+        return next((op for op in form.ops if tensor in self.original.inputs(op).values()), None)
+
+    def _as_it_is(self, form: NormForm) -> NormForm:
+        """A norm after its γ and β have moved."""
+        alive = {op: self.draft.current(op) for op in form.ops}
+        ops = tuple(now for now in alive.values() if now is not None)
+        operands = {}
+        for name, tensor in (("weight", form.weight), ("bias", form.bias)):
+            op = self._reader(form, tensor)
+            now = alive.get(op) if op is not None else None
+            slots = (
+                [slot for slot, each in self.original.inputs(op).items() if each is tensor]
+                if op is not None
+                else []
+            )
+            operands[name] = self.draft.input(now, slots[0]) if now is not None else None
+        return replace(form, ops=ops, y=self.draft.output(ops[-1]), **operands)
+
+    # ---- the swap ---------------------------------------------------------------------
+
+    def _carried_out(self, facts: Facts, solution: Solution) -> dict[NormForm, SwapFold]:
+        """Writers, Centres and norms, with what has to be shown of each."""
+        steps = Before.of(self.draft, self.constants, facts, solution, self.now.values())
+        norm_steps = {form: self._norm_before(form, how) for form, how in solution.swapped.items()}
+        by_op: dict[Op, list[Writer]] = {}
+        for writer in solution.writers:
+            by_op.setdefault(writer.op, []).append(writer)
+        for op, writers in by_op.items():
+            edits = [self._centred(writer) for writer in writers]
+            self._carry_out(edits)
+            added = sum(writer.copied_bytes for writer in writers)
+            self._note(SwapFold((op,), (), tuple(edits), (), added_bytes=added), *writers)
+        for centre in solution.centres:
+            tensor, place = centre.fact.tensor, centre.fact.place
+            producer = self.draft.producer(tensor)
+            graft = Graft(tensor, tuple(targets.centre(tensor, place)), centre.readers)
+            self._carry_out([graft])
+            path = (*([] if producer is None else [producer]), *(read.op for read in centre.readers))
+            self._note(SwapFold(path, (), (graft,), ()), centre)
+        after = steps.after(self.draft, self.constants)
+        folds = {}
+        for form, how in solution.swapped.items():
+            fold = self._norm_fold(form, how)
+            graft = fold.edits[0]
+            assert isinstance(graft, Graft)
+            swapped = replace(
+                norm_steps[form], after=region_of(self.draft, self.constants, self.draft.grafted[graft])
+            )
+            around = {op for fact in how.path for op in _ops_beside(self.draft, fact.tensor)}
+            self.shown_by[fold.path] = [swapped, *(after[op] for op in after if op in around)]
+            folds[form] = fold
+        self.shown_by[()] = list(after.values())
+        return folds
+
+    def _centred(self, writer: Writer) -> Rebind:
+        tensor = self.draft.input(writer.op, writer.slot)
+        value = self.constants.value(tensor) if tensor is not None else None
+        assert value is not None and not isinstance(value, Reason)
+        new: Value = zeros_like(value) if writer.place is None else Centred(value, writer.place)
+        return Rebind(writer.op, writer.slot, new, f"{writer.op.name}.{writer.slot}")
+
+    def _norm_before(self, form: NormForm, how: Centring) -> NormStep:
+        now = self.now[form]
+        return NormStep(form.y.name, now.x, how.fact.place, region_of(self.draft, self.constants, now.ops), ())
+
+    def _norm_fold(self, form: NormForm, how: Centring) -> SwapFold:
+        now = self.now[form]
+        dtype, rank = now.x.dtype, self.draft.rank(now.x)
+        assert dtype is not None and rank is not None and now.eps is not None
+        axes = list(range(how.fact.place.start, how.fact.place.stop))
+        weight = Rounded(self._laid_out(self._gamma(now), how, rank), dtype)
+        parts = targets.rms_norm(
+            now.x, axes, rank, now.eps, dtype, weight, self.options.target or targets.PRIMITIVE
+        )
+        kept_beta = now.bias is not None and bool(np.any(self._beta(now)))
+        if kept_beta:
+            beta = Rounded(self._laid_out(self._beta(now), how, rank), dtype)
+            parts.append(Part("add", {"a": len(parts) - 1}, {"b": ("bias", beta)}))
+        graft = Graft(now.y, tuple(parts))
+        self._carry_out([graft])
+        writers = tuple(dict.fromkeys(writer.op.name for writer in how.writers))
+        moved = self.moved.get(form)
+        about = {
+            "free": not how.centres,
+            "writers": list(writers),
+            "centres": [fact.tensor.name for fact in how.centres],
+            "path": [fact.tensor.name for fact in how.path],
+            "added_bytes": sum(writer.copied_bytes for writer in how.writers),
+            "added_ops": int(kept_beta),
+        }
+        named = (*writers, *(moved.into if moved is not None else ()))
+        fold = SwapFold(
+            now.ops, now.ops, (graft,), (), about={"centring": about}, named=tuple(dict.fromkeys(named))
+        )
+        self._note(fold, form)
+        return fold
+
+    def _laid_out(self, numbers: Array, how: Centring, rank: int) -> Array:
+        """γ or β over the normalised axes, to broadcast against the axes behind them."""
+        place = how.fact.place
+        lengths = tuple(int(n) for n in how.fact.tensor.shape[place.start : place.stop])  # type: ignore[index, arg-type]
+        whole = np.broadcast_to(numbers, (place.block,)).reshape(lengths)
+        return np.asarray(whole.reshape(*lengths, *[1] * (rank - place.stop)))
+
+    # ---- committing -------------------------------------------------------------------
+
+    def _carry_out(self, edits: Sequence[Edit]) -> None:
+        self.planner.carry_out(edits)
+
+    def _note(self, fold: SwapFold, *what: Writer | Centre | NormForm) -> None:
+        self.planner.folds.append(fold)
+        given_up = tuple(each.ops[-1] if isinstance(each, NormForm) else each for each in what)
+        self.subject[fold.path] = (*self.subject.get(fold.path, ()), *given_up)
+
+    def _proved(self, made: Plan) -> Plan:
+        """The plan with a proof of every change."""
+        errors: dict[object, float | Reason] = {}
+        shown: dict[Fold, Fold] = {}
+        for fold in made.folds:
+            if isinstance(fold, SwapFold):
+                proof = prove(self.shown_by.get(fold.path, self._touching(fold)), fold.edits, errors)
+            else:
+                proof = prove_fold(fold.steps, fold.edits)
+            shown[fold] = replace(fold, proof=proof)
+        sites = tuple(replace(site, fold=shown[site.fold]) if site.fold else site for site in made.sites)
+        return replace(made, sites=sites, folds=tuple(shown.values()))
+
+    def _touching(self, fold: Fold) -> list[Step]:
+        """Every step of an op that a writer or a Centre changes."""
+        return [step for step in self.shown_by[()] if isinstance(step, OpStep) and step.op in fold.path]
+
+
+def _form_of(norm: Norm, forms: Iterable[NormForm]) -> NormForm | None:
+    return next(
+        (
+            form
+            for form in forms
+            if form is getattr(norm, "form", None) or (norm.op is not None and form.ops == (norm.op,))
+        ),
+        None,
+    )
+
+
+def _ops_beside(graph: ModelGraph, tensor: Tensor) -> list[Op]:
+    producer = graph.producer(tensor)
+    return [*([] if producer is None else [producer]), *(read.op for read in graph.readers(tensor))]
