@@ -1,13 +1,11 @@
 """`convert`: a PyTorch model as ONNX, or as a saved program, with every difference in the counts explained."""
 
-import shutil
-import tempfile
 import weakref
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from normtool.comparison import Comparison
+from normtool.destination import remove, scratch_path
 from normtool.detect import find_norms
 from normtool.errors import UsageError
 from normtool.formats.onnx.model import OnnxModel
@@ -28,8 +26,9 @@ class Folder:
     """A temporary folder that is removed with the last reference to this object."""
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="normtool-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self.path = scratch_path()
+        weakref.finalize(self, remove, self.path)
+        self.path.mkdir(mode=0o700)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,13 @@
-"""Where results go: checked before the work, put in place by a rename, so no path ever holds half a model."""
+"""Where results go: checked before the work, put in place by a rename, so no path ever holds half a model.
+
+And where files go that nobody is to see: whatever ends the work, they are removed.
+"""
 
 import contextlib
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +36,55 @@ def as_output_error(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise OutputError(f"{path}: {reason}; nothing there was changed") from None
+
+
+@contextlib.contextmanager
+def afterwards(clean_up: Callable[..., None], *arguments: Path) -> Iterator[None]:
+    """Run the block, then `clean_up(*arguments)` to its end, whatever ends the block.
+
+    Ctrl-C can strike behind any call: the one that makes a file, before a line could note it, and those that
+    clean up. So this is entered before there is a file, and `clean_up`, which gets along with whatever it
+    finds, begins again where it is interrupted.
+    """
+    try:
+        try:
+            yield
+        finally:
+            clean_up(*arguments)
+    except BaseException:  # from the block; or from its clean-up
+        clean_up(*arguments)
+        raise
+
+
+def remove(*paths: Path) -> None:
+    """Files, and folders with what is in them; none of them has to exist."""
+    for path in paths:
+        try:
+            path.lstat()
+        except OSError:  # with this name nothing can be there, say where it is too long
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def scratch_path() -> Path:
+    """A name for a temporary folder, which nothing has yet.
+
+    Python's own `TemporaryDirectory` makes the folder first, and Ctrl-C can come before it is noted.
+    """
+    return Path(tempfile.gettempdir()) / f"normtool-{secrets.token_hex(8)}"
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder of our own. Raises OutputError where none can be made."""
+    folder = scratch_path()
+    with afterwards(remove, folder):
+        with as_output_error(folder):
+            folder.mkdir(mode=0o700)
+        yield folder
 
 
 def sync_folder(folder: Path) -> None:
@@ -70,7 +124,7 @@ def staged_file(
     check_destination(destination, force)
     folder = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.tmp")
     path = folder / destination.name
-    try:
+    with afterwards(remove, folder):
         with as_output_error(destination):
             folder.mkdir()
             write(path)
@@ -80,7 +134,3 @@ def staged_file(
             finally:
                 os.close(descriptor)
         yield StagedFile(destination, path, lambda: digest(path))
-    finally:
-        path.unlink(missing_ok=True)
-        if folder.is_dir():
-            folder.rmdir()

@@ -1,6 +1,8 @@
 """Killed, interrupted, out of disk: the output path holds the old complete model or the new complete one."""
 
+import contextlib
 import hashlib
+import inspect
 import os
 import random
 import resource
@@ -12,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import onnx
 import psutil
@@ -19,7 +23,9 @@ import pytest
 from onnx import numpy_helper
 
 import normtool as api
+from normtool import cli, destination
 from normtool.errors import StalePlan
+from normtool.formats.onnx import write
 from tests import zoo
 from tests.conftest import ROOT
 
@@ -322,6 +328,126 @@ class TestInterrupted:
         assert snapshot(folder) == before
         assert not list(temporary.glob("normtool*"))
         assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+#: Where Ctrl-C is pressed below: in the lines that write and clean up, and in those that surround a `with`.
+_PRESSED_IN = {module.__file__ for module in (write, destination, cli, contextlib)}
+
+
+def interrupted(work: Callable[[], None], moment: int) -> bool:
+    """Press Ctrl-C at the `moment`-th line, or end of a call, in `work`. False where it ends before that.
+
+    Not where a generator is left or entered again: there Python itself does not look for signals.
+    """
+    left = moment
+
+    def press(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in _PRESSED_IN:
+            return None
+        ends = event == "return" and not frame.f_code.co_flags & inspect.CO_GENERATOR
+        left -= event == "line" or ends
+        if left == 0:
+            left = -1
+            signal.raise_signal(signal.SIGINT)
+        return press
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.settrace(press)
+    try:
+        work()
+    except (KeyboardInterrupt, Unwanted):
+        pass
+    finally:
+        sys.settrace(None)
+        signal.signal(signal.SIGINT, before)
+    return left < 0
+
+
+class Unwanted(Exception):
+    """What was written is not to be kept."""
+
+
+# what Ctrl-C keeps from being closed is closed by the garbage collector, and pytest hears of it
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+class TestInterruptedAtEveryLine:
+    @pytest.fixture(params=["embedded", "external"])
+    def folded(self, request, tmp_path) -> list[Any]:
+        """The same network twice, with other weights."""
+        (tmp_path / "sources").mkdir()
+        paths = [save(two_convs(16, s, 300), tmp_path / "sources" / f"{s}.onnx", request.param) for s in (1, 2)]
+        return [api.fold(path, validate=False) for path in paths]
+
+    @pytest.fixture
+    def target(self, tmp_path) -> Path:
+        (tmp_path / "out").mkdir()
+        return tmp_path / "out" / "out.onnx"
+
+    def test_one_model_or_the_other(self, folded, target):
+        contents = []
+        for result in folded:
+            result.save(target, force=True)
+            contents.append(content(target))
+        now, seen, moment = 1, set(), 1
+        while interrupted(partial(folded[1 - now].save, target, force=True), moment):
+            now = contents.index(content(target))  # ValueError: neither the old nor the new
+            assert {path.name for path in target.parent.iterdir()} == {target.name} | data_of(target), moment
+            seen.add(now)
+            moment += 1
+            if not now:
+                folded[1].save(target, force=True)
+                now = 1
+        assert seen == {0, 1}
+        assert moment > 200  # so many lines it has, else nothing was interrupted
+
+    def test_what_is_unwanted(self, folded, target):
+        folded[0].save(target)
+        before, moment = snapshot(target.parent), 1
+
+        def validate() -> None:
+            with folded[1].stage(target, force=True):
+                raise Unwanted
+
+        while interrupted(validate, moment):
+            assert snapshot(target.parent) == before, moment
+            moment += 1
+        assert moment > 200
+
+    @pytest.mark.parametrize("wanted", [True, False])
+    def test_a_file_that_a_library_writes(self, target, wanted):
+        def save() -> None:
+            with destination.staged_file(target, True, lambda path: path.touch(), str) as stage:
+                if not wanted:
+                    raise Unwanted
+                stage.commit()
+
+        moment = 1
+        while interrupted(save, moment):
+            assert {path.name for path in target.parent.iterdir()} <= {target.name}, moment
+            moment += 1
+        assert moment > 20
+        assert target.exists() == wanted
+
+    def test_a_temporary_folder(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+        def work() -> None:
+            with destination.scratch_folder() as folder:
+                (folder / "inner").mkdir()
+                (folder / "inner" / "file").touch()
+
+        moment = 1
+        while interrupted(work, moment):
+            assert not list(tmp_path.iterdir()), moment
+            moment += 1
+        assert moment > 20
+
+    def test_a_report(self, tmp_path):
+        report, moment = tmp_path / "report.json", 1
+        while interrupted(partial(cli._write_report, report, "{}"), moment):
+            assert {path.name for path in tmp_path.iterdir()} <= {"report.json"}, moment
+            moment += 1
+        assert report.read_text() == "{}"
 
 
 # ---- a plan for another model -----------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Times two ONNX models in ONNX Runtime, in one child process: see `normtool.timing` for how."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from normtool.destination import scratch_folder
 from normtool.errors import RuntimeRefused, UsageError
 from normtool.formats.onnx.child import Run, refuse_failed, run_job
 from normtool.formats.onnx.model import OnnxModel
@@ -45,8 +45,7 @@ def bench_onnx(
         raise UsageError(f"a benchmark takes time and threads, not {seconds} s with {threads} threads")
     sets = [] if inputs_file is None else [described_inputs(inputs_file, reference.graph)]
     tries = [] if inputs_file else attempts(reference.graph, seed, shapes)
-    with tempfile.TemporaryDirectory(prefix="normtool-") as name_of_folder:
-        folder = Path(name_of_folder)
+    with scratch_folder() as folder:
         progress("timing")
         models = {"reference": reference, "candidate": candidate}
         runs = [Run(name, _on_disk(model, folder, name), "default") for name, model in models.items()]

@@ -1,6 +1,5 @@
 """Validation of ONNX models: prepares the variants, runs them in child processes, hands over the numbers."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from normtool.comparison import (
     compare,
     worst,
 )
+from normtool.destination import scratch_folder
 from normtool.errors import RuntimeRefused, UsageError
 from normtool.formats.onnx.apply import variant
 from normtool.formats.onnx.child import Run, refuse_failed, run_job
@@ -68,11 +68,11 @@ def validate_onnx(
     """
     if device not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r}: choose cpu or cuda")
-    with tempfile.TemporaryDirectory(prefix="normtool-") as folder:
+    with scratch_folder() as folder:
         validation = _Validation(
             reference, candidate, device, seed, inputs_file, shapes or {}, time_limit, progress
         )
-        return validation.run(Path(folder))
+        return validation.run(folder)
 
 
 @dataclass(eq=False)

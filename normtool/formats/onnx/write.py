@@ -2,26 +2,28 @@
 
 Data is written first, under a name no file has yet; then the model, under a temporary name in the same
 folder; both are fsynced; a rename puts the model in place last. What is killed on the way leaves a stray
-file at worst. Weights are copied by the kernel, or computed a block at a time: a model of any size needs
-a few megabytes.
+file at worst; what is interrupted leaves nothing. Weights are copied by the kernel, or computed a block at a
+time: a model of any size needs a few megabytes.
 """
 
+import _thread
 import contextlib
 import errno
 import hashlib
 import os
 import secrets
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
-from normtool.destination import as_output_error, check_destination, sync_folder
+from normtool.destination import afterwards, as_output_error, check_destination, remove, sync_folder
 from normtool.errors import OutputError, UnreadableModel
 from normtool.formats.onnx import wire
 from normtool.formats.onnx.model import OnnxModel
@@ -44,27 +46,39 @@ class Staged:
 
     destination: Path
     model_path: Path
-    sha256: Callable[[], str]
-    data_path: Path | None = None
-    data_sha256: Callable[[], str] = field(default=lambda: "")
+    #: there only where the model does not hold all its data itself
+    data_path: Path
+    #: data that nobody reads once the model is in place
     replaced_data: tuple[Path, ...] = ()
+    hashers: dict[Path, "_Hasher"] = field(default_factory=dict)
+    _renamed: bool = False
 
     def commit(self) -> list[dict[str, str]]:
         """Rename into place; the paths and hashes of what was written."""
         with as_output_error(self.destination):
-            self.model_path.replace(self.destination)
+            self._renamed = True
+            try:
+                self.model_path.replace(self.destination)
+            except OSError:
+                self._renamed = False
+                raise
             sync_folder(self.destination.parent)
-        outputs = [{"path": str(self.destination), "sha256": self.sha256()}]
-        if self.data_path is not None:
-            outputs.append({"path": str(self.data_path), "sha256": self.data_sha256()})
-        for path in self.replaced_data:
-            path.unlink(missing_ok=True)
-        return outputs
+        places = {self.model_path: self.destination, self.data_path: self.data_path}
+        return [
+            {"path": str(place), "sha256": self.hashers[path].finish()}
+            for path, place in places.items()
+            if path in self.hashers
+        ]
 
-    def discard(self) -> None:
-        self.sha256()  # lets the hashing threads end and close their files
-        self.data_sha256()
-        _remove(self.model_path, self.data_path)
+    def clean_up(self) -> None:
+        """Remove what the model in place does not read: the new files, or the data of the replaced one."""
+        for hasher in self.hashers.values():
+            hasher.stop()
+        if self._renamed and not self.model_path.exists():
+            remove(*self.replaced_data)
+        else:
+            self._renamed = False  # once the file is gone, nothing else tells that it was never in place
+            remove(self.data_path, self.model_path)
 
 
 @contextlib.contextmanager
@@ -79,12 +93,16 @@ def staged(
     Raises OutputError: the path exists (without `force`), the disk is full, a permission is missing.
     """
     check_destination(destination, force)
-    stage = _write(model, destination, temporary)
-    try:
+    token = secrets.token_hex(4)
+    stage = Staged(
+        destination,
+        model_path=destination.with_name(f".{destination.name}.{token}.tmp"),
+        data_path=destination.with_name(f"{destination.stem}-{token}.data"),
+    )
+    with afterwards(stage.clean_up):
+        with as_output_error(destination):
+            _write(model, stage, temporary)
         yield stage
-    finally:
-        if stage.model_path.exists():
-            stage.discard()
 
 
 def to_proto(model: OnnxModel) -> onnx.ModelProto:
@@ -107,33 +125,14 @@ def to_proto(model: OnnxModel) -> onnx.ModelProto:
 # ---- one model, one or two files ---------------------------------------------------------------
 
 
-def _write(model: OnnxModel, destination: Path, temporary: bool) -> Staged:
-    token = secrets.token_hex(4)
-    model_path = destination.with_name(f".{destination.name}.{token}.tmp")
+def _write(model: OnnxModel, stage: Staged, temporary: bool) -> None:
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    data_path, data_hash = None, None
-    try:
-        with as_output_error(destination):
-            if temporary or _needs_external_data(model):
-                data_path = destination.with_name(f"{destination.stem}-{token}.data")
-                data_hash = _write_data(model, proto, data_path, not temporary)
-            pieces = wire.inflate(proto.SerializeToString(), model.tensors.content_of)
-            model_hash = _write_pieces(model_path, pieces, not temporary)
-    except BaseException:
-        _remove(model_path, data_path)
-        raise
-    stage = Staged(destination, model_path, model_hash, data_path)
-    if data_path is not None and data_hash is not None:
-        stage.data_sha256 = data_hash
-    stage.replaced_data = _own_data_of(destination)
-    return stage
-
-
-def _remove(*paths: Path | None) -> None:
-    for path in paths:
-        if path is not None and path.exists():
-            path.unlink()
+    if temporary or _needs_external_data(model):
+        _write_pieces(stage, stage.data_path, _moved_outside(model, proto, stage.data_path.name), not temporary)
+    pieces = wire.inflate(proto.SerializeToString(), model.tensors.content_of)
+    _write_pieces(stage, stage.model_path, pieces, not temporary)
+    stage.replaced_data = _own_data_of(stage.destination)
 
 
 def _needs_external_data(model: OnnxModel) -> bool:
@@ -142,8 +141,8 @@ def _needs_external_data(model: OnnxModel) -> bool:
     return model.external or bool(model.proto.ByteSize() + lazy >= MAX_PROTO_BYTES)
 
 
-def _write_data(model: OnnxModel, proto: onnx.ModelProto, path: Path, durable: bool) -> Callable[[], str]:
-    """Write every tensor that is not inline to `path` and let `proto` refer to it there.
+def _moved_outside(model: OnnxModel, proto: onnx.ModelProto, name: str) -> list[wire.Piece]:
+    """Every tensor that is not inline, as the content of a file `name`, where `proto` will look for it.
 
     Those of functions stay in the model: ONNX Runtime does not look for the data of an inlined function.
     """
@@ -159,10 +158,10 @@ def _write_data(model: OnnxModel, proto: onnx.ModelProto, path: Path, durable: b
         position += padding
         _clear_external(tensor)
         tensor.data_location = TensorProto.EXTERNAL
-        for key, text in (("location", path.name), ("offset", position), ("length", byte_count(value))):
+        for key, text in (("location", name), ("offset", position), ("length", byte_count(value))):
             tensor.external_data.add(key=key, value=str(text))
         position += byte_count(value)
-    return _write_pieces(path, pieces, durable)
+    return pieces
 
 
 def _own_data_of(destination: Path) -> tuple[Path, ...]:
@@ -208,69 +207,72 @@ def _clear_external(tensor: TensorProto) -> None:
 # ---- bytes ------------------------------------------------------------------------------------
 
 
-def _write_pieces(path: Path, pieces: list[wire.Piece], durable: bool) -> Callable[[], str]:
+def _write_pieces(stage: Staged, path: Path, pieces: list[wire.Piece], durable: bool) -> None:
     """Write and fsync a new file. The hash is taken behind the writer's back, by a second thread."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    hasher = _Hasher(descriptor)
-    try:
-        for piece in pieces:
-            if isinstance(piece, bytes):
-                _write_all(descriptor, piece)
-            elif isinstance(piece, FileValue):
-                _copy(piece, descriptor)
-            else:
-                for start, stop in row_blocks(piece):
-                    _write_all(descriptor, np.ascontiguousarray(piece.rows(start, stop)))
-            hasher.advance(os.lseek(descriptor, 0, os.SEEK_CUR))
-        if durable:
-            os.fsync(descriptor)
-    except BaseException:
-        hasher.stop()
-        raise
-    return hasher.finish
+    file = FileIO(path, "x+")
+    descriptor = file.fileno()
+    hasher = stage.hashers[path] = _Hasher(file)
+    hasher.start()
+    for piece in pieces:
+        if isinstance(piece, bytes):
+            _write_all(descriptor, piece)
+        elif isinstance(piece, FileValue):
+            _copy(piece, descriptor)
+        else:
+            for start, stop in row_blocks(piece):
+                _write_all(descriptor, np.ascontiguousarray(piece.rows(start, stop)))
+        hasher.advance(os.lseek(descriptor, 0, os.SEEK_CUR))
+    if durable:
+        os.fsync(descriptor)
+    hasher.advance(None)
 
 
 class _Hasher:
-    """SHA-256 of a file while it grows, in its own thread (hashlib lets other threads run)."""
+    """SHA-256 of a file while it grows, in its own thread (hashlib lets other threads run).
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    Thread, queue and lock are those written in C: where Ctrl-C strikes in the Python of a `threading.Thread` or
+    `Condition`, a lock stays taken for ever, or an error about locks comes out in place of KeyboardInterrupt.
+    """
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file  # closed by the thread
         self._digest = hashlib.sha256()
-        self._written = self._hashed = 0
-        self._complete = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
+        self._lengths: SimpleQueue[int | None] = SimpleQueue()
+        self._stopped = False
+        self._running = _thread.allocate_lock()
+        self._running.acquire()
 
-    def advance(self, written: int) -> None:
-        with self._changed:
-            self._written = written
-            self._changed.notify()
+    def start(self) -> None:
+        _thread.start_new_thread(self._follow, ())
 
-    def stop(self) -> None:
-        with self._changed:
-            self._complete = True
-            self._changed.notify()
-        self._thread.join()
-        os.close(self._descriptor)
+    def advance(self, written: int | None) -> None:
+        """So many bytes are there; None when the file is complete."""
+        self._lengths.put(written)
 
     def finish(self) -> str:
         """Wait for the last byte; may be asked more than once."""
-        if not self._complete:
-            self.stop()
-        return self._digest.hexdigest()
+        with self._running:
+            return self._digest.hexdigest()
+
+    def stop(self) -> None:
+        """Give up, wherever it is; nothing where it has finished, or never started."""
+        self._stopped = True
+        self.advance(None)
 
     def _follow(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._written > self._hashed or self._complete)
-                written = self._written
-            if written == self._hashed:
-                return
-            while self._hashed < written:
-                part = os.pread(self._descriptor, min(_CHUNK, written - self._hashed), self._hashed)
+        try:
+            with self._file:
+                self._hash()
+        finally:
+            self._running.release()
+
+    def _hash(self) -> None:
+        hashed = 0
+        while (written := self._lengths.get()) is not None:
+            while hashed < written and not self._stopped:
+                part = os.pread(self._file.fileno(), min(_CHUNK, written - hashed), hashed)
                 self._digest.update(part)
-                self._hashed += len(part)
+                hashed += len(part)
 
 
 def _write_all(descriptor: int, content: bytes | Array) -> None:

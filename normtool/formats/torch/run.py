@@ -4,7 +4,6 @@ The reference is run in float64, and the yardstick is how far its own run, in it
 that; see `normtool.comparison`. Against an ONNX reference the yardstick is that of `formats/onnx/run.py`.
 """
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from normtool.comparison import (
     compare,
     worst,
 )
+from normtool.destination import scratch_folder
 from normtool.errors import BackendUnavailable, RuntimeRefused, UsageError
 from normtool.formats.torch.copies import full_precision
 from normtool.formats.torch.export import undisturbed
@@ -63,14 +63,14 @@ def validate_torch(
     """
     _check_device(device)
     source = find_source((reference, candidate), inputs, shapes or {}, inputs_file, seed)
-    with tempfile.TemporaryDirectory(prefix="normtool-") as folder, undisturbed(), full_precision():
+    with scratch_folder() as folder, undisturbed(), full_precision():
 
         def side(model: "TorchModel | OnnxModel", who: str) -> Side:
             if isinstance(model, TorchModel):
                 return TorchSide(model, who, torch.device(device), to_example(inputs))
             from normtool.formats.torch.onnx_side import OnnxSide
 
-            return OnnxSide(model, who, device, Path(folder), time_limit)
+            return OnnxSide(model, who, device, folder, time_limit)
 
         sides = side(reference, "the reference"), side(candidate, "the candidate")
         return _Validation(*sides, source, device, seed, progress).run()

@@ -8,10 +8,8 @@ that gave way; a block whose branches were merged has another structure and cann
 import copy
 import io
 import json
-import tempfile
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from normtool import undo
+from normtool.destination import scratch_folder
 from normtool.errors import UnreadableModel, UsageError
 from normtool.formats.torch.export import undisturbed
 from normtool.formats.torch.model import TorchModel, read_exported, read_module
@@ -130,8 +129,8 @@ def _with_state(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> 
 
 
 def _restored_program(folded: TorchModel, document: Mapping[str, Any]) -> TorchModel:
-    with tempfile.TemporaryDirectory(prefix="normtool-") as folder:
-        path = Path(folder) / "skeleton.pt2"
+    with scratch_folder() as folder:
+        path = folder / "skeleton.pt2"
         path.write_bytes(undo.from_text(str(document.get("skeleton"))))
         program = read_pt2(path).program
     assert program is not None
