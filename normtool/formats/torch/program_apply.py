@@ -7,7 +7,10 @@ numbers are new tensors.
 import copy
 import operator
 import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,17 +20,19 @@ from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
     InputSpec,
+    OutputSpec,
     TensorArgument,
 )
 
-from normtool.edits import Copy, Edit, Insert, Rebind, Replace, Splice
-from normtool.errors import StalePlan
+from normtool.edits import Copy, Edit, Graft, Insert, Part, Rebind, Replace, Splice
+from normtool.errors import NormtoolError, StalePlan
 from normtool.formats.torch.model import TorchModel, read_exported
 from normtool.formats.torch.read import spelling_of
 from normtool.formats.torch.state import storage_key
-from normtool.formats.torch.tensors import to_tensor
-from normtool.graph import Op, Tensor
+from normtool.formats.torch.tensors import to_tensor, torch_dtype
+from normtool.graph import GRAPH_OUTPUT, Op, Read, Tensor
 from normtool.planner import Plan
+from normtool.values import Value, to_array
 
 
 def fold_program(model: TorchModel, plan: Plan) -> TorchModel:
@@ -81,6 +86,8 @@ class _Rewriter:
                 self.insert(edit)
             case Copy():
                 self.copy(edit)
+            case Graft():
+                self.graft(edit)
 
     def rebind(self, node: fx.Node, op: Op, edit: Rebind) -> None:
         """New numbers: in the op's own parameter if nobody else reads it, else in a new one."""
@@ -177,11 +184,15 @@ class _Rewriter:
         return made
 
     def _new_constant(self, rebind: Rebind) -> fx.Node:
-        graph = self.model.graph
-        known = graph.inputs(rebind.op) if rebind.op in graph.nodes else {}
-        beside = (known.get(slot) for slot in ("weight", "mean", "a", "b"))
-        like = next((tensor for tensor in beside if tensor is not None and tensor.name in self.state), None)
+        like = self._stored_beside(rebind.op)
         return self._new_placeholder(rebind.name, self._parameter(to_tensor(rebind.value), like))
+
+    def _stored_beside(self, op: Op | None) -> Tensor | None:
+        """A stored tensor that an op reads: what is new there lies on the same device."""
+        graph = self.model.graph
+        known = graph.inputs(op) if op is not None and op in graph.nodes else {}
+        beside = (known.get(slot) for slot in ("weight", "mean", "a", "b"))
+        return next((tensor for tensor in beside if tensor is not None and tensor.name in self.state), None)
 
     def _results(self, node: fx.Node) -> list[fx.Node]:
         """The node, and the getitems that pick its first result: the native forms return three."""
@@ -196,6 +207,141 @@ class _Rewriter:
 
     def _displace(self, node: fx.Node, entered: fx.Node) -> None:
         self.displaced.update(each for each in node.all_input_nodes if each is not entered)
+
+    # ---- grafts ---------------------------------------------------------------------------
+
+    def graft(self, edit: Graft) -> None:
+        old = self._node_of(edit.tensor)
+        made = self._put_parts(edit, old)
+        if edit.readers is None:
+            own = {self.node[edit, number] for number in range(len(edit.parts))}
+            old.replace_all_uses_with(made, delete_user_cb=lambda user: user not in own)
+        else:
+            self._redirect(edit.readers, old, made)
+        if edit.readers is None or not old.users:
+            self.renamed[old.name] = made.name
+        self.displaced.add(old)
+        if old.target is operator.getitem:  # the native norms return three tensors; nobody may want any
+            self.displaced.update(old.all_input_nodes[0].users)
+
+    def _node_of(self, tensor: Tensor) -> fx.Node:
+        """The node that stands for a tensor by now. Raises KeyError for a plain number among arguments."""
+        maker = self.model.graph.producer(tensor) if tensor.source is None else None
+        if tensor.source is None and maker is None:
+            return self._placeholders[tensor.name]
+        node: fx.Node = self.node[tensor.source if maker is None else maker.source]
+        if not isinstance(node.meta.get("val"), list | tuple):
+            return node
+        number = int(tensor.name.rpartition(".")[2])  # as the reader of the program has called it
+        picks = [user for user in node.users if user.target is operator.getitem and user.args[1] == number]
+        if not picks:
+            with self.graph.inserting_after(node):
+                picks = [self.graph.call_function(operator.getitem, (node, number))]
+            picks[0].meta = {**_place(node), "val": node.meta["val"][number]}
+        return picks[0]
+
+    @cached_property
+    def _placeholders(self) -> dict[str, fx.Node]:
+        """The original's stored tensors, lifted constants and inputs, as its graph names them."""
+        found: dict[str, fx.Node] = {}
+        first = {name: each.names[0] for each in self.model.state.stored for name in each.names}
+        for original in self.program.graph.nodes:
+            if original.op == "placeholder":
+                target = self.specs[original.name].target
+                name = first.get(target) if target is not None else None
+                found[name or original.name] = self.node[original]
+        return found
+
+    def _put_parts(self, edit: Graft, old: fx.Node) -> fx.Node:
+        """The calls of a graft, behind what they read; returns the last."""
+        like = self._stored_beside(
+            self.model.graph.producer(edit.tensor) if edit.tensor.source is None else None
+        )
+        given: dict[tuple[int, str], Any] = {}
+        for number, part in enumerate(edit.parts):
+            for slot, source in part.inputs.items():
+                if isinstance(source, Tensor):
+                    given[number, slot] = self._operand(edit, number, slot, source, like)
+            for slot, (name, value) in part.constants.items():
+                given[number, slot] = self._constant(edit, number, slot, name, value, like)
+        order = {node: place for place, node in enumerate(self.graph.nodes)}
+        last = max((node for node in given.values() if isinstance(node, fx.Node)), key=order.__getitem__)
+        for number, part in enumerate(edit.parts):
+            slots = {slot: value for (of, slot), value in given.items() if of == number}
+            slots |= {s: self.node[edit, n] for s, n in part.inputs.items() if isinstance(n, int)}
+            last = self.node[edit, number] = self._put_part(part, slots, last, _place(old))
+        return last
+
+    def _operand(self, edit: Graft, number: int, slot: str, source: Tensor, like: Tensor | None) -> Any:
+        """What feeds a part: a node, or the constant that an earlier edit has bound, or a plain number."""
+        graph = self.model.graph
+        known = source in graph.nodes and (graph.producer(source) or source.name in self._placeholders)
+        if known or source.value is None:
+            return self._node_of(source)
+        return self._constant(edit, number, slot, source.name, source.value, like)
+
+    def _constant(
+        self, edit: Graft, number: int, slot: str, name: str, value: Value, like: Tensor | None
+    ) -> Any:
+        """A plain number where ATen takes one, else a new parameter."""
+        if value.shape == () and slot in ("b", "exponent"):
+            return to_array(value).item()
+        placeholder = self._new_placeholder(name, self._parameter(to_tensor(value), like))
+        self._note((edit, number), slot, placeholder)
+        return placeholder
+
+    def _put_part(self, part: Part, slots: Mapping[str, Any], behind: fx.Node, meta: dict[str, Any]) -> fx.Node:
+        call = _CALLS.get(part.kind)
+        if call is None:
+            raise NormtoolError(f"no call of ATen is known for {part.kind!r}")
+        target, arguments = call(slots, part.attributes)
+        where = self.graph.inserting_after(behind)
+        if behind.op == "placeholder":
+            where = self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder"))
+        with where:
+            made = self.graph.call_function(target, arguments)
+        with torch.no_grad():
+            value = target(*fx.map_arg(arguments, lambda node: node.meta["val"]))
+        made.meta = {**meta, "val": value}
+        return made
+
+    def _redirect(self, readers: tuple[Read, ...], old: fx.Node, new: fx.Node) -> None:
+        slots: defaultdict[Op, list[str]] = defaultdict(list)
+        for read in readers:
+            slots[read.op].append(read.slot)
+        for op, named in slots.items():
+            if op.kind == GRAPH_OUTPUT:
+                self._put_out({int(slot.rpartition(".")[2]) for slot in named}, new)
+                continue
+            node = self.node[op.source]
+            if len(named) >= _count(node, old) or named[0].startswith(
+                "in."
+            ):  # an unknown op has no other slots
+                node.replace_input_with(old, new)
+                continue
+            for slot in named:
+                self._feed(node, op, slot, new)
+
+    def _feed(self, node: fx.Node, op: Op, slot: str, new: fx.Node) -> None:
+        """One of several arguments that are the same tensor."""
+        stem, _, number = slot.rpartition(".")
+        if not stem:
+            self._set_argument(node, op, slot, new)
+            return
+        name = self._argument_name(op, stem)
+        listed: Any = self._arguments(node)[name]
+        self._set_argument(node, op, stem, [new if i == int(number) else each for i, each in enumerate(listed)])
+
+    def _put_out(self, positions: set[int], new: fx.Node) -> None:
+        """Another result at some of the program's outputs; the reader counts each tensor of a list."""
+        output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        results, position = list(output.args[0]), 0
+        for number, result in enumerate(results):
+            if isinstance(result, fx.Node):
+                results[number] = new if position in positions else result
+                value = result.meta.get("val")
+                position += len(value) if isinstance(value, list | tuple) else 1
+        output.args = (tuple(results), *output.args[1:])
 
     # ---- arguments ------------------------------------------------------------------------
 
@@ -216,7 +362,7 @@ class _Rewriter:
         assert normal is not None
         return dict(normal.kwargs)
 
-    def _set_argument(self, node: fx.Node, op: Op, slot: str, value: fx.Node) -> None:
+    def _set_argument(self, node: fx.Node, op: Op, slot: str, value: Any) -> None:
         name = self._argument_name(op, slot)
         arguments = self._arguments(node)
         if isinstance(arguments[name], fx.Node):
@@ -329,9 +475,11 @@ class _Rewriter:
         self.graph.lint()
         self.module.recompile()
         placeholders = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        (output,) = self.graph.find_nodes(op="output")
+        specs = zip(self.program.graph_signature.output_specs, output.args[0], strict=True)
         signature = ExportGraphSignature(
             input_specs=[self.specs[name] for name in placeholders],
-            output_specs=[self._renamed(spec) for spec in self.program.graph_signature.output_specs],
+            output_specs=[_puts_out(spec, result) for spec, result in specs],
         )
         return ExportedProgram(
             root=self.module,
@@ -345,11 +493,8 @@ class _Rewriter:
             verifiers=self.program.verifiers,
         )
 
-    def _renamed(self, spec: Any) -> Any:
-        """An output that a spliced op produced has the name of the op before it."""
-        return replace(spec, arg=self._renamed_argument(spec.arg))
-
     def _renamed_argument(self, argument: Any) -> Any:
+        """What a spliced op produced has the name of the op before it."""
         if not isinstance(argument, TensorArgument):
             return argument
         name = argument.name
@@ -373,6 +518,25 @@ class _Rewriter:
 _WEIGHT_SLOT = {"linear": "b"}
 
 
+def _puts_out(spec: OutputSpec, result: Any) -> OutputSpec:
+    """The same output, under the name of the node that the program puts out there now."""
+    if not isinstance(spec.arg, TensorArgument) or not isinstance(result, fx.Node):
+        return spec
+    return replace(spec, arg=TensorArgument(name=result.name))
+
+
+def _place(node: fx.Node) -> dict[str, Any]:
+    """Whose code makes a call."""
+    return {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+
+
+def _count(node: fx.Node, argument: fx.Node) -> int:
+    """How often a call names another one among its arguments."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found.count(argument)
+
+
 def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list | tuple) and value else value
 
@@ -383,3 +547,68 @@ def _aliases(model: TorchModel) -> set[str]:
     for stored in model.state.stored:
         groups.setdefault(storage_key(stored.tensor), []).extend(stored.names)
     return {name for names in groups.values() if len(names) > 1 for name in names}
+
+
+# ---- calls of ATen for the parts of a graft ------------------------------------------------------
+
+_aten = torch.ops.aten
+
+#: slots and attributes → what to call, and with which arguments
+_Call = Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[Any, tuple[Any, ...]]]
+
+
+def _unary(overload: Any) -> _Call:
+    return lambda slots, attributes: (overload, (slots["x"],))
+
+
+def _binary(overload: Any) -> _Call:
+    return lambda slots, attributes: (overload, (slots["a"], slots["b"]))
+
+
+def _reduce(overload: Any) -> _Call:
+    return lambda slots, attributes: (
+        overload,
+        (slots["x"], list(attributes["axes"]), bool(attributes.get("keepdims", 1))),
+    )
+
+
+def _pow(slots: Mapping[str, Any], attributes: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    known = not isinstance(slots["exponent"], fx.Node)
+    return _aten.pow.Tensor_Scalar if known else _aten.pow.Tensor_Tensor, (slots["x"], slots["exponent"])
+
+
+def _normalized_shape(slots: Mapping[str, Any], attributes: Mapping[str, Any]) -> list[int]:
+    shape = slots["x"].meta["val"].shape
+    return list(shape[attributes.get("axis", -1) % len(shape) :])
+
+
+def _rms_norm(slots: Mapping[str, Any], attributes: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    lengths = _normalized_shape(slots, attributes)
+    return _aten.rms_norm.default, (slots["x"], lengths, slots.get("weight"), attributes["epsilon"])
+
+
+def _layer_norm(slots: Mapping[str, Any], attributes: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    given = slots.get("weight"), slots.get("bias"), attributes["epsilon"]
+    return _aten.layer_norm.default, (slots["x"], _normalized_shape(slots, attributes), *given)
+
+
+_CALLS: Mapping[str, _Call] = {
+    "add": _binary(_aten.add.Tensor),
+    "sub": _binary(_aten.sub.Tensor),
+    "mul": _binary(_aten.mul.Tensor),
+    "div": _binary(_aten.div.Tensor),
+    "neg": _unary(_aten.neg.default),
+    "sqrt": _unary(_aten.sqrt.default),
+    "rsqrt": _unary(_aten.rsqrt.default),
+    "reciprocal": _unary(_aten.reciprocal.default),
+    "pow": _pow,
+    "reduce_mean": _reduce(_aten.mean.dim),
+    "reduce_sum": _reduce(_aten.sum.dim_IntList),
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "transpose": lambda slots, attributes: (_aten.permute.default, (slots["x"], list(attributes["perm"]))),
+    "cast": lambda slots, attributes: (
+        _aten.to.dtype,
+        (slots["x"], torch_dtype(attributes["to"])),
+    ),
+}
