@@ -432,7 +432,8 @@ def swap(
     `options` are the fields of `SwapOptions`: mode, outputs, keep_affine, target, only, skip, freeze. With
     `validate`, both models are run and compared. `inplace` as for `fold`.
 
-    Raises what `fold` raises; RuntimeRefused also when ONNX cannot convert the model to the opset of the target.
+    Raises what `fold` raises; RuntimeRefused also when ONNX cannot convert the model to the opset of the
+    target.
     """
     if inplace and not (hasattr(model, "CopyFrom") or hasattr(model, "named_modules")):
         raise UsageError(

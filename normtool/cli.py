@@ -338,8 +338,8 @@ _swapping = _bundled(
     click.option(
         "--target",
         type=click.Choice(["onnx", "primitive", "ort"]),
-        help="RMSNormalization (opset 23, to which the model is raised), primitive ops that ONNX Runtime fuses, or "
-        "its own SimplifiedLayerNormalization. Default: onnx from opset 23 on, else primitive.",
+        help="RMSNormalization (opset 23, to which the model is raised), primitive ops that ONNX Runtime "
+        "fuses, or its own SimplifiedLayerNormalization. Default: onnx from opset 23 on, else primitive.",
     ),
     click.option("--keep-affine", is_flag=True, help="Leave γ and β where they are; each β stays as an Add."),
     click.option(
@@ -350,8 +350,8 @@ _swapping = _bundled(
         type=click.Choice(["exact", "centre", "approximate"]),
         default="exact",
         show_default=True,
-        help="exact: where it pays. centre: all that can be, with as many Centre ops as it takes. approximate: the "
-        "rest too, without their mean (no longer the same function).",
+        help="exact: where it pays. centre: all that can be, with as many Centre ops as it takes. approximate: "
+        "the rest too, without their mean (no longer the same function).",
     ),
 )
 
@@ -543,8 +543,8 @@ def swap(
 ) -> int:
     """Turn the LayerNorms of MODEL into RMSNorms that compute the same.
 
-    What writes their input takes the mean out, exactly and once; γ and β go into what reads them. The plan says of every
-    LayerNorm whether that is free, needs a Centre op, or who observes the mean.
+    What writes their input takes the mean out, exactly and once; γ and β go into what reads them. The plan
+    says of every LayerNorm whether that is free, needs a Centre op, or who observes the mean.
     """
     from normtool import api
 

@@ -11,28 +11,11 @@ LOWERINGS = ("mul-add", "conv", "relu")
 
 
 @dataclass(frozen=True)
-class FoldOptions:
-    """`freeze`: treat ONNX initializers that are also graph inputs as constants.
+class Choice:
+    """`only`, `skip`: shell patterns of norm names."""
 
-    `only`, `skip`: shell patterns of norm names. `lower`: what becomes of BatchNorms that cannot be folded
-    (one of LOWERINGS). `duplicate`: copy an op whose output others read too. `border_maps`: let a padded Conv
-    take a shift as a constant of the size of its output. `requantise`: let a quantised bias take a
-    shift rounded to its grid, with the error stated in the proof: the one fold that is not exact. `affine`:
-    move γ and β of LayerNorm, RMSNorm, GroupNorm and InstanceNorm into what reads them.
-    """
-
-    freeze: bool = False
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    lower: str | None = None
-    duplicate: bool = False
-    border_maps: bool = False
-    requantise: bool = False
-    affine: bool = False
-
-    def __post_init__(self) -> None:
-        if self.lower is not None and self.lower not in LOWERINGS:
-            raise UsageError(f"lower={self.lower!r}: choose one of {', '.join(LOWERINGS)}")
 
     def chooses(self, name: str) -> bool:
         wanted = not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
@@ -46,6 +29,29 @@ class FoldOptions:
                 raise UsageError(f"no norm is called {pattern!r}; `normtool scan -v` lists their names")
 
 
+@dataclass(frozen=True)
+class FoldOptions(Choice):
+    """`freeze`: treat ONNX initializers that are also graph inputs as constants.
+
+    `lower`: what becomes of BatchNorms that cannot be folded (one of LOWERINGS). `duplicate`: copy an op whose
+    output others read too. `border_maps`: let a padded Conv take a shift as a constant of the size of its
+    output. `requantise`: let a quantised bias take a shift rounded to its grid, with the error stated in the
+    proof: the one fold that is not exact. `affine`: move γ and β of LayerNorm, RMSNorm, GroupNorm and
+    InstanceNorm into what reads them.
+    """
+
+    freeze: bool = False
+    lower: str | None = None
+    duplicate: bool = False
+    border_maps: bool = False
+    requantise: bool = False
+    affine: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lower is not None and self.lower not in LOWERINGS:
+            raise UsageError(f"lower={self.lower!r}: choose one of {', '.join(LOWERINGS)}")
+
+
 #: What `swap` does with LayerNorms that an exact swap has to leave.
 MODES = ("exact", "centre", "approximate")
 
@@ -54,20 +60,19 @@ TARGETS = ("onnx", "primitive", "ort")
 
 
 @dataclass(frozen=True)
-class SwapOptions:
-    """`mode`: "exact" swaps where that pays, "centre" all that can be, "approximate" the rest too, by dropping the mean.
+class SwapOptions(Choice):
+    """How to swap, and what.
 
-    `outputs`: names of the outputs that are wanted (None: all); the others go. `keep_affine`: leave γ and β where
-    they are. `target`: how an RMSNorm is spelled in ONNX (one of TARGETS; None: as the model's opset allows). `only`, `skip`: shell
-    patterns of norm names. `freeze`: treat ONNX initializers that are also graph inputs as constants.
+    `mode`: "exact" swaps where that pays, "centre" all that can be, "approximate" the rest too (without mean).
+    `outputs`: names of the outputs that are wanted (None: all); the others go. `keep_affine`: leave γ and β
+    where they are. `target`: how an RMSNorm is spelled in ONNX (one of TARGETS; None: as the model's opset
+    allows). `freeze`: treat ONNX initializers that are also graph inputs as constants.
     """
 
     mode: str = "exact"
     outputs: tuple[str, ...] | None = None
     keep_affine: bool = False
     target: str | None = None
-    only: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
     freeze: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +80,3 @@ class SwapOptions:
             raise UsageError(f"mode={self.mode!r}: choose one of {', '.join(MODES)}")
         if self.target is not None and self.target not in TARGETS:
             raise UsageError(f"target={self.target!r}: choose one of {', '.join(TARGETS)}")
-
-    chooses = FoldOptions.chooses
-    check = FoldOptions.check

@@ -47,7 +47,8 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "Nothing.",
     ),
     "swapped": (
-        "The LayerNorm is an RMSNorm now, with the same ε; the ops named under `into` write their output without its "
+        "The LayerNorm is an RMSNorm now, with the same ε; the ops named under `into` write their "
+        "output without its "
         "mean, or have taken γ and β. `centring` says how many Centre ops were put in (`free`: none).",
         "Nothing. Reasons beside it say why its β has stayed as an Add.",
     ),
@@ -173,12 +174,15 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "Nothing.",
     ),
     "observed_mean": (
-        "Something reads the mean of what the LayerNorm normalises, so that mean cannot be left out where it is "
+        "Something reads the mean of what the LayerNorm normalises, so that mean cannot be left "
+        "out where it is "
         "written: an op that is no LayerNorm over the same axis, or an output of the model.",
-        "If it is an output that nobody needs, name the others with `--outputs`; `--mode centre` puts Centre ops in.",
+        "If it is an output that nobody needs, name the others with `--outputs`; `--mode centre` "
+        "puts Centre ops in.",
     ),
     "not_centrable": (
-        "What writes the LayerNorm's input has no constants that could take the mean out: a nonlinearity, a depthwise "
+        "What writes the LayerNorm's input has no constants that could take the mean out: a "
+        "nonlinearity, a depthwise "
         "Conv, another norm's γ, a model input.",
         "`--mode centre` puts a Centre op (ReduceMean, Sub) behind it.",
     ),
@@ -187,7 +191,8 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "`--mode centre` does it all the same.",
     ),
     "scaled": (
-        "A constant per channel (a layer scale) stands between the LayerNorm and the weights, and could not be taken "
+        "A constant per channel (a layer scale) stands between the LayerNorm and the weights, and "
+        "could not be taken "
         "into them.",
         "See the reasons that stand beside it.",
     ),

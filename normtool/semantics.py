@@ -189,7 +189,7 @@ def _var_mean(call: Call) -> dict[str, Array]:
     over = tuple(axes) if axes else None
     correction = call.attribute("correction", call.attribute("unbiased", 1))
     keep = bool(call.attribute("keepdims", 0))
-    var = x.var(axis=over, ddof=float(1 if correction is None else correction), keepdims=keep)  # type: ignore[arg-type]
+    var = x.var(axis=over, ddof=float(1 if correction is None else correction), keepdims=keep)
     return {"var": np.asarray(var), "mean": np.asarray(x.mean(axis=over, keepdims=keep)), "y": np.asarray(var)}
 
 
@@ -211,7 +211,7 @@ def _pow(call: Call) -> Array:
 
 
 def _roll(call: Call) -> Array:
-    return np.roll(call.array("x"), tuple(call.integers("shifts")), tuple(call.integers("axes")))
+    return np.roll(call.array("x"), call.attribute("shifts"), call.attribute("axes"))
 
 
 def _where(call: Call) -> Array:

@@ -2,9 +2,9 @@
 
     LN_{γ,β,ε}(x) = γ · RMS_ε(P·x) + β        P = I − (1/d)·11ᵀ
 
-with the same ε: P·x has no mean, so its biased variance is its second moment. `centring.facts` finds out whose constants
-can take P in. Every change is a `Fold` of its own, so that a format can object to one, and the plan is made again
-without it:
+with the same ε: P·x has no mean, so its biased variance is its second moment. `centring.facts` finds out whose
+constants can take P in. Every change is a `Fold` of its own, so that a format can object to one, and the plan
+is made again without it:
 
 1. constant scales that stand between a sum and its writers (LayerScale) go into the writers;
 2. a LayerNorm of nothing but rows of a table goes into the table;
@@ -39,7 +39,8 @@ from normtool.rules.carriers import refusal
 from normtool.values import Array, Rounded, Value, byte_count, exact_array, is_float
 from normtool.walk import Stopped
 
-#: A norm goes into a table that others read too (a tied head) only where the copy is at most this share of the model.
+#: A norm goes into a table that others read too (a tied head) only where the copy is at most this share of the
+#: model.
 TABLE_SHARE = 0.05
 
 #: Modes that keep the function.
@@ -66,8 +67,8 @@ def plan_swap(
 ) -> Plan:
     """Decide for every LayerNorm of `graph` whether it becomes an RMSNorm, and prove each change.
 
-    `review` and a failing proof take changes back, as for `plan_fold`; the plan is made again until nothing speaks
-    against it.
+    `review` and a failing proof take changes back, as for `plan_fold`; the plan is made again until nothing
+    speaks against it.
     """
     options = options or SwapOptions()
     against = _Against()
@@ -92,7 +93,7 @@ class _Against:
 
     def note(self, swapper: "_Swapper", refused: Mapping[Path, tuple[Reason, ...]]) -> bool:
         """Remember; False if that is nothing new."""
-        before = sum(map(len, (self.folds, self.constants, self.centres, self.norms)))
+        before = self._count()
         for path, reasons in refused.items():
             for what in swapper.subject.get(path, ()):
                 match what:
@@ -104,7 +105,10 @@ class _Against:
                         self.norms[what] = reasons
             if path not in swapper.subject:
                 self.folds[swapper.planner.key(path)] = reasons
-        return sum(map(len, (self.folds, self.constants, self.centres, self.norms))) > before
+        return self._count() > before
+
+    def _count(self) -> int:
+        return len(self.folds) + len(self.constants) + len(self.centres) + len(self.norms)
 
 
 class _Swapper:
@@ -210,7 +214,9 @@ class _Swapper:
             model_bytes=self.model_bytes,
         )
         wanted = {form: facts.wanted(self.now[form]) for form in norms}
-        unknown = {form: (fact,) for form, fact in wanted.items() if isinstance(fact, Reason)}
+        unknown: dict[NormForm, tuple[Reason, ...]] = {
+            form: (fact,) for form, fact in wanted.items() if isinstance(fact, Reason)
+        }
         known = {self.now[form]: fact for form, fact in wanted.items() if isinstance(fact, Fact)}
         solution = facts.solve(known, at_any_price=self.options.mode == CENTRE)
         originals = {now: form for form, now in self.now.items()}
@@ -295,7 +301,7 @@ class _Swapper:
         return moved
 
     def _strip(self, norms: Iterable[NormForm]) -> None:
-        """γ and β go forward into what reads the norm: an RMSNorm has no β, and an Add costs what the swap gains."""
+        """γ and β go forward into what reads the norm: a β that stays is an Add, which costs what is gained."""
         for form in norms:
             try:
                 self.moved[form], reasons = self.planner.strip_affine(self._tail(form), WITHOUT_BIAS)
@@ -318,17 +324,17 @@ class _Swapper:
         """A norm after its γ and β have moved."""
         alive = {op: self.draft.current(op) for op in form.ops}
         ops = tuple(now for now in alive.values() if now is not None)
-        operands = {}
-        for name, tensor in (("weight", form.weight), ("bias", form.bias)):
-            op = self._reader(form, tensor)
-            now = alive.get(op) if op is not None else None
-            slots = (
-                [slot for slot, each in self.original.inputs(op).items() if each is tensor]
-                if op is not None
-                else []
-            )
-            operands[name] = self.draft.input(now, slots[0]) if now is not None else None
-        return replace(form, ops=ops, y=self.draft.output(ops[-1]), **operands)
+        weight, bias = (self._operand(alive, form, tensor) for tensor in (form.weight, form.bias))
+        return replace(form, ops=ops, y=self.draft.output(ops[-1]), weight=weight, bias=bias)
+
+    def _operand(self, alive: Mapping[Op, Op | None], form: NormForm, tensor: Tensor | None) -> Tensor | None:
+        """What is now read where a norm used to read its γ, or its β."""
+        op = self._reader(form, tensor)
+        now = alive[op] if op is not None else None
+        if op is None or now is None:
+            return None
+        slot = next(slot for slot, each in self.original.inputs(op).items() if each is tensor)
+        return self.draft.input(now, slot)
 
     # ---- the swap ---------------------------------------------------------------------
 
@@ -354,12 +360,9 @@ class _Swapper:
         after = steps.after(self.draft, self.constants)
         folds = {}
         for form, how in solution.swapped.items():
-            fold = self._norm_fold(form, how)
-            graft = fold.edits[0]
-            assert isinstance(graft, Graft)
-            swapped = replace(
-                norm_steps[form], after=region_of(self.draft, self.constants, self.draft.grafted[graft])
-            )
+            fold, graft = self._norm_fold(form, how)
+            new = region_of(self.draft, self.constants, self.draft.grafted[graft])
+            swapped = replace(norm_steps[form], after=new, leaving=steps.leaving(self.now[form].y))
             around = {op for fact in how.path for op in _ops_beside(self.draft, fact.tensor)}
             self.shown_by[fold.path] = [swapped, *(after[op] for op in after if op in around)]
             folds[form] = fold
@@ -369,7 +372,8 @@ class _Swapper:
     def _centred(self, writer: Writer) -> Rebind:
         tensor = self.draft.input(writer.op, writer.slot)
         value = self.constants.value(tensor) if tensor is not None else None
-        assert value is not None and not isinstance(value, Reason)
+        assert value is not None
+        assert not isinstance(value, Reason)
         new: Value = zeros_like(value) if writer.place is None else Centred(value, writer.place)
         return Rebind(writer.op, writer.slot, new, f"{writer.op.name}.{writer.slot}")
 
@@ -377,10 +381,12 @@ class _Swapper:
         now = self.now[form]
         return NormStep(form.y.name, now.x, how.fact.place, region_of(self.draft, self.constants, now.ops), ())
 
-    def _norm_fold(self, form: NormForm, how: Centring) -> SwapFold:
-        now = self.now[form]
+    def _norm_fold(self, form: NormForm, how: Centring) -> tuple[SwapFold, Graft]:
+        now = self._as_it_is(form)
         dtype, rank = now.x.dtype, self.draft.rank(now.x)
-        assert dtype is not None and rank is not None and now.eps is not None
+        assert dtype is not None
+        assert rank is not None
+        assert now.eps is not None
         axes = list(range(how.fact.place.start, how.fact.place.stop))
         weight = Rounded(self._laid_out(self._gamma(now), how, rank), dtype)
         parts = targets.rms_norm(
@@ -407,7 +413,7 @@ class _Swapper:
             now.ops, now.ops, (graft,), (), about={"centring": about}, named=tuple(dict.fromkeys(named))
         )
         self._note(fold, form)
-        return fold
+        return fold, graft
 
     def _laid_out(self, numbers: Array, how: Centring, rank: int) -> Array:
         """γ or β over the normalised axes, to broadcast against the axes behind them."""

@@ -1,14 +1,15 @@
 """Which tensors have to be centred, which may be, and where a Centre op has to help out.
 
-A *fact* is a place on a tensor. A LayerNorm may become an RMSNorm where what it reads is centred. That follows from
-facts about the operands of whatever wrote it, and so on back to constants that take the Centre in (`rows.behind`).
-Two things end this early: a writer that cannot be centred, and an *observer*, somebody who would see that a tensor
-has lost its mean (`rows.ahead`). There a Centre op can stand between the tensor and those who need it centred,
-while all others go on reading the tensor as it was.
+A *fact* is a place on a tensor. A LayerNorm may become an RMSNorm where what it reads is centred. That follows
+from facts about the operands of whatever wrote it, and so on back to constants that take the Centre in
+(`rows.behind`). Two things end this early: a writer that cannot be centred, and an *observer*, somebody who
+would see that a tensor has lost its mean (`rows.ahead`). There a Centre op can stand between the tensor and
+those who need it centred, while all others go on reading the tensor as it was.
 
-Which norms to swap, and where to put Centres, is then one minimum cut. Facts are edges of capacity `CENTRE`, flow enters
-where a fact fails, and leaves at each norm through an edge of capacity `NORM`: what the cut goes through is either a
-Centre that is put in or a norm that is given up. (Picard, "Maximal closure of a graph", 1976: project selection.)
+Which norms to swap, and where to put Centres, is then one minimum cut. Facts are edges of capacity `CENTRE`,
+flow enters where a fact fails, and leaves at each norm through an edge of capacity `NORM`: what the cut goes
+through is either a Centre that is put in or a norm that is given up. (Picard, "Maximal closure of a graph",
+1976: project selection.)
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,8 +26,9 @@ from normtool.graph import GRAPH_OUTPUT, ModelGraph, Op, Read, Tensor
 from normtool.reasons import Reason
 from normtool.values import byte_count
 
-#: What is lost with a norm that is kept, and what a Centre costs. A LayerNorm takes about 35 µs where an RMSNorm
-#: takes 20 and a Centre 16 (1×128×768 on one core), so a Centre has to serve two norms. Ties go to the swap.
+#: What is lost with a norm that is kept, and what a Centre costs. A LayerNorm takes about 35 µs where an
+#: RMSNorm takes 20 and a Centre 16 (1×128×768 on one core), so a Centre has to serve two norms. Ties go to the
+#: swap.
 NORM, CENTRE = 100, 199
 
 #: In mode `centre` a norm is worth any number of Centres, but none that cannot be put in.
@@ -102,8 +104,8 @@ class Solution:
 class Facts:
     """The analysis of one state of a graph. Nothing is computed before somebody asks, and nothing twice.
 
-    `refused` and `no_centre`: why a constant cannot be changed, or a Centre not be put behind a tensor (a format
-    says so).
+    `refused` and `no_centre`: why a constant cannot be changed, or a Centre not be put behind a tensor (a
+    format says so).
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Where a mean is taken: a block of numbers within consecutive axes of a tensor.
 
-A LayerNorm takes the mean of a whole axis, one per head that of every m-th part of it. So a place names axes, and
-how their numbers, row by row, fall into blocks. It is followed by identity through whatever only moves numbers:
-each number is given a label, its position in its block; the labels travel by the rules that affine maps travel
-by; and at the other end they must form blocks again.
+A LayerNorm takes the mean of a whole axis, one per head that of every m-th part of it. So a place names axes,
+and how their numbers, row by row, fall into blocks. It is followed by identity through whatever only moves
+numbers: each number is given a label, its position in its block; the labels travel by the rules that affine
+maps travel by; and at the other end they must form blocks again.
 """
 
 import math
@@ -105,7 +105,7 @@ def known_lengths(shape: Shape) -> tuple[int, ...] | None:
     return lengths if len(lengths) == len(shape) else None
 
 
-def of_operand(place: Place, rank: int, operand: Shape | None) -> Place | None | str:
+def of_operand(place: Place, rank: int, operand: Shape | None) -> Place | str | None:
     """A place of a tensor with `rank` axes as one of an operand that is broadcast to it.
 
     None: the operand has one number for the whole block, so all it adds is a uniform shift. A string says why

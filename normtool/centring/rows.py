@@ -1,13 +1,14 @@
-"""What a Centre meets: for each kind of operator, whose centring makes its output centred, and who sees a shift.
+"""What a Centre meets: for each kind of op, whose centring makes its output centred, and who sees a shift.
 
 P = I − (1/d)·11ᵀ takes the mean out of a block. Two questions, one for each direction:
 
-*Behind* an output that is to be centred, P·y: it is as soon as these operands are, because P commutes with the op, or
-goes into its constants: P(W·x + b) = (P·W)·x + P·b, P(a + b) = P·a + P·b, P(c·x) = c·P·x for one c in each block.
+*Behind* an output that is to be centred, P·y: it is as soon as these operands are, because P commutes with the
+op, or goes into its constants: P(W·x + b) = (P·W)·x + P·b, P(a + b) = P·a + P·b, P(c·x) = c·P·x for one c in
+each block.
 
 *Ahead* of a tensor that comes shifted, x + c·1 with one c for each block: who puts out the same, as
-LN(x + c·1) = LN(x) and Softmax(x + c·1) = Softmax(x) do; who puts out a shifted tensor itself; and who observes the
-mean.
+LN(x + c·1) = LN(x) and Softmax(x + c·1) = Softmax(x) do; who puts out a shifted tensor itself; and who
+observes the mean.
 
 Ops that only move numbers need no row: their axes are followed by labels (`places`).
 """

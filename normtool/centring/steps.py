@@ -47,11 +47,14 @@ class Before:
             if current is None:
                 continue
             entering = {slot: self._entering(op, slot, tensor) for slot, tensor in before.data.items()}
-            leaving = {slot: tuple(self.relations.get(tensor, ())) for slot, tensor in self.outputs[op].items()}
+            leaving = {slot: self.leaving(tensor) for slot, tensor in self.outputs[op].items()}
             shapes = Shapes.of(draft.base, {*before.data.values(), *self.outputs[op].values()})
             after = form_of(draft, constants, current)
             steps[op] = OpStep(op, before, after, self.outputs[op], entering, leaving, shapes)
         return steps
+
+    def leaving(self, tensor: Tensor) -> tuple[Relation, ...]:
+        return tuple(self.relations.get(tensor, ()))
 
     def _entering(self, op: Op, slot: str, tensor: Tensor) -> tuple[Relation, ...]:
         fact = self.centred_reads.get(Read(op, slot))
@@ -65,7 +68,7 @@ def _beside(draft: Draft, tensor: Tensor) -> list[Op]:
 
 
 def _relations(draft: Draft, facts: Facts, solution: Solution) -> Relations:
-    """What becomes of every tensor: centred where that is needed, shifted where that is all that can be said."""
+    """What becomes of every tensor: centred where that is needed, shifted where no more can be said."""
     relations: Relations = {}
     for fact in solution.centred:
         kind = "held" if fact in facts.held else "centred"

@@ -1,8 +1,8 @@
 """How an RMSNorm and a Centre are spelled in the model that is written.
 
     onnx        RMSNormalization, an operator since opset 23
-    primitive   Pow, ReduceMean, Add, Sqrt, Div, Mul: ONNX Runtime fuses exactly this (and nothing with a Reciprocal)
-    ort         SimplifiedLayerNormalization, ONNX Runtime's own operator
+    primitive   Pow, ReduceMean, Add, Sqrt, Div, Mul: ONNX Runtime fuses exactly this (and nothing with a
+    Reciprocal) ort         SimplifiedLayerNormalization, ONNX Runtime's own operator
 
 Statistics of 16-bit data are taken in float32, as LayerNormalization does (`stash_type`).
 """

@@ -18,8 +18,8 @@ def default_opset(model: OnnxModel) -> int:
 def with_opset(model: OnnxModel, opset: int) -> OnnxModel:
     """The model at a newer opset, by the standard's own converter; the weights stay where they are.
 
-    The converter is a C++ program that reads a whole model. It sees initializers as inputs, so that it cannot touch
-    them. Raises RuntimeRefused with its complaint where it cannot convert.
+    The converter is a C++ program that reads a whole model. It sees initializers as inputs, so that it cannot
+    touch them. Raises RuntimeRefused with its complaint where it cannot convert.
     """
     if default_opset(model) >= opset:
         return model
@@ -54,7 +54,8 @@ def with_opset(model: OnnxModel, opset: int) -> OnnxModel:
 
 
 def with_outputs(model: OnnxModel, names: Sequence[str]) -> OnnxModel:
-    """The model with these outputs only, in their order in the model. Raises UsageError for a name it has not."""
+    """The model with these outputs only, in their order in the model. Raises UsageError for a name it has
+    not."""
     known = [value.name for value in model.proto.graph.output]
     for name in names:
         if name not in known:
