@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from normtool.destination import scratch_folder
-from normtool.destination import scratch_folder
 from normtool.errors import RuntimeRefused, UsageError
 from normtool.formats.onnx.child import Run, refuse_failed, run_job
 from normtool.formats.onnx.model import OnnxModel
