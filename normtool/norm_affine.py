@@ -74,7 +74,9 @@ def tail_of(constants: Constants, norm: Norm) -> Tail | None:
     """Where γ and β of a norm are; None where nothing is known of that."""
     if norm.op is not None and norm.op.kind in NATIVE:
         return Tail.of(norm.op)
-    if norm.op is None and norm.module is not None and norm.kind in NATIVE and norm.calls == 1:
+    if norm.kind in NATIVE and norm.form is not None:
+        return tail_among(constants, norm.form.ops, (norm.form.weight, norm.form.bias))
+    if norm.kind in NATIVE and norm.op is None and norm.module is not None and norm.calls == 1:
         own = [op for op in constants.graph.ops if op.owner == norm.module.path]
         return tail_among(constants, own, norm.module.learnable)
     return None
