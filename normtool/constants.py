@@ -111,7 +111,7 @@ def _written_out(tensor: Tensor, sparse: Value) -> Value | Reason:
         return Reason("dynamic_weight", message, tensor.name)
 
 
-_METADATA_ONLY = {("shape", "x"), ("cast_like", "like")}
+_METADATA_ONLY = {("shape", "x"), ("size", "x"), ("cast_like", "like")}
 
 
 def _bound(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -141,6 +141,16 @@ def _cast_like(constants: Constants, op: Op, inputs: Inputs) -> Array:
 def _expand(constants: Constants, op: Op, inputs: Inputs) -> Array:
     target = tuple(int(n) for n in inputs["shape"])
     return np.broadcast_to(inputs["x"], _bound(np.broadcast_shapes(inputs["x"].shape, target)))
+
+
+def _size(constants: Constants, op: Op, inputs: Inputs) -> Array:
+    return np.array(np.prod(_shape(constants, op, inputs)), np.int64)
+
+
+def _range(constants: Constants, op: Op, inputs: Inputs) -> Array:
+    start, limit, delta = (inputs[slot].reshape(()) for slot in ("start", "limit", "delta"))
+    _bound((max(0, int(np.ceil((limit - start) / delta))),))
+    return np.arange(start, limit, delta, inputs["start"].dtype)
 
 
 def _constant_of_shape(constants: Constants, op: Op, inputs: Inputs) -> Array:
@@ -195,6 +205,8 @@ def _gather(constants: Constants, op: Op, inputs: Inputs) -> Array:
 _COMPUTE: Mapping[str, Callable[[Constants, Op, Inputs], Array]] = {
     "constant_of_shape": _constant_of_shape,
     "shape": _shape,
+    "size": _size,
+    "range": _range,
     "identity": lambda constants, op, inputs: inputs["x"],
     "cast": lambda constants, op, inputs: inputs["x"].astype(op.attributes["to"]),
     "cast_like": _cast_like,

@@ -1,32 +1,152 @@
 """Finds every normalisation layer of a graph, bodies and functions included.
 
 Native operators are found by kind (`evidence: op`), PyTorch's by the module they belong to. Norms spelled out
-in primitive ops get their own finder here (`evidence: pattern`); the report already has its place for them.
+in primitive ops are found by what these compute (`evidence: pattern`, see `forms`), unless a module is known to
+be that norm already.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from normtool.constants import Constants
+from normtool.forms import NormForm, spelled_forms
 from normtool.graph import ModelGraph, NormModule, Op, Scope, Tensor
 from normtool.norms import NORMS, Norm, axes_of, number
 
 
 def find_norms(graph: ModelGraph, constants: Constants | None = None) -> list[Norm]:
-    """Every norm: those that are ops in the order the model lists them, then modules that are none."""
+    """Every norm: ops in the order the model lists them, then what is spelled out, then the other modules."""
     constants = constants or Constants(graph)
+    forms = spelled_forms(graph, constants)
+    inner = {op for form in forms for op in form.ops}
     modules = {module.path: module for module in graph.norm_modules}
+    known_modules = set(graph.norm_modules)
     holders = {t: module for module in graph.norm_modules for t in (*module.learnable, *module.buffers)}
     found, covered = [], set()
     for op in graph.ops:
-        if op.kind in NORMS:
+        if op.kind in NORMS and op not in inner:
             module = modules.get(op.owner) or _holder(graph, op, holders)
             found.append(_of_op(constants, op, module))
             covered.add(module)
+    spelled = _by_module(graph, forms, modules)
+    for known, own in spelled.items():
+        if known is None:
+            found += [_of_form(graph, form) for form in own]
+        elif known not in known_modules:
+            found += _of_calls(known, own)
     for module in graph.norm_modules:
         if module not in covered:
-            found += _of_module(graph, module)
+            found += _of_module(graph, module, spelled.get(module, []))
     return found
+
+
+# ---- spelled out --------------------------------------------------------------------------------
+
+
+def _by_module(
+    graph: ModelGraph, forms: list[NormForm], modules: Mapping[str, NormModule]
+) -> dict[NormModule | None, list[NormForm]]:
+    """Module → the norms in its calls; a module whose code is a norm and nothing else is a norm module too.
+
+    What stands in the code of a larger module belongs to none.
+    """
+    found: dict[NormModule | None, list[NormForm]] = {}
+    whole: dict[str, list[NormForm]] = {}
+    for form in forms:
+        owners = {op.owner for op in form.ops if op not in form.shares} or {form.ops[-1].owner}
+        known = next((m for owner in owners for m in _around(owner, modules)), None)
+        if known is not None:
+            found.setdefault(known, []).append(form)
+        elif len(owners) == 1 and "" not in owners:
+            whole.setdefault(owners.pop(), []).append(form)
+        else:
+            found.setdefault(None, []).append(form)
+    own = _ops_of(graph, whole) if whole else {}
+    for path, several in whole.items():
+        if _is_all(own[path], several):
+            found[_module_of(graph, path, several)] = several
+        else:
+            found.setdefault(None, []).extend(several)
+    return found
+
+
+def _around(owner: str, modules: Mapping[str, NormModule]) -> Iterator[NormModule]:
+    """The norm modules that a path lies in, itself first. (Inside of what has running statistics may be more.)"""
+    if owner in modules:
+        yield modules[owner]
+    while owner:
+        owner = owner.rpartition(".")[0]
+        if owner in modules and modules[owner].kind != "batch_norm":
+            yield modules[owner]
+
+
+def _ops_of(graph: ModelGraph, paths: Iterable[str]) -> dict[str, list[Op]]:
+    own: dict[str, list[Op]] = {path: [] for path in paths}
+    for op in graph.ops:
+        if op.owner in own:
+            own[op.owner].append(op)
+    return own
+
+
+def _is_all(ops: list[Op], forms: list[NormForm]) -> bool:
+    """Does each call consist of one of these norms, and of what only gives numbers another shape or dtype?"""
+    calls = {op.call for op in ops}
+    inside = {op for form in forms for op in form.ops}
+    rest = [op for op in ops if op not in inside and op.kind not in _BESIDE]
+    return not rest and len(forms) == len(calls) == len({form.ops[-1].call for form in forms})
+
+
+#: Ops that a norm module may have beside the norm: carriers, and 1 + γ.
+_BESIDE = frozenset(
+    "identity cast cast_like dropout reshape flatten squeeze unsqueeze expand transpose shape constant".split()
+)
+
+
+def _module_of(graph: ModelGraph, path: str, forms: list[NormForm]) -> NormModule:
+    form = forms[0]
+    return NormModule(
+        name=path,
+        kind=form.kind,
+        spelling=form.spelling,
+        evidence="pattern",
+        learnable=_weights(form),
+        axes=form.axes,
+        eps=form.eps,
+        calls=len(forms),
+        owner=path,
+    )
+
+
+def _weights(form: NormForm) -> tuple[Tensor, ...]:
+    return tuple(dict.fromkeys(tensor for tensor in (form.weight, form.bias) if tensor is not None))
+
+
+def _of_form(graph: ModelGraph, form: NormForm) -> Norm:
+    """A norm in the code of something larger; it goes by the name of its last op."""
+    last = form.ops[-1]
+    return Norm(
+        name=last.name,
+        kind=form.kind,
+        spelling=form.spelling,
+        evidence="pattern",
+        axes=form.axes,
+        eps=form.eps,
+        learnable=_weights(form),
+        buffers=(),
+        calls=graph.calls.get(_function_of(last.scope), 1),
+        form=form,
+    )
+
+
+def _of_calls(module: NormModule, forms: list[NormForm]) -> Iterator[Norm]:
+    """One norm for each call of a module that is spelled out."""
+    for form in forms:
+        call = form.ops[-1].call
+        norm = _plain(module, f"{module.name}@{call}" if call else module.name)
+        yield replace(norm, axes=form.axes, eps=form.eps, calls=1, form=form)
+
+
+# ---- operators and modules ----------------------------------------------------------------------
 
 
 def _holder(graph: ModelGraph, op: Op, holders: Mapping[Tensor, NormModule]) -> NormModule | None:
@@ -53,10 +173,22 @@ def _of_op(constants: Constants, op: Op, module: NormModule | None) -> Norm:
     )
 
 
-def _of_module(graph: ModelGraph, module: NormModule) -> Iterator[Norm]:
-    """A norm that is no single op: once for each call of a spelled-out BatchNorm, else once in all."""
-    norm = Norm(
-        module.name,
+def _of_module(graph: ModelGraph, module: NormModule, forms: list[NormForm]) -> Iterator[Norm]:
+    """A norm that is no single op: once for each call where the calls are understood, else once in all."""
+    if forms and len(forms) == module.calls and all(form.kind == module.kind for form in forms):
+        yield from _of_calls(module, forms)
+        return
+    norm = _plain(module, module.name)
+    lasts = _last_ops(graph, module) if module.kind == "batch_norm" else {}
+    for call, op in lasts.items():
+        yield replace(norm, name=f"{module.name}@{call}" if call else module.name, calls=1, op=op)
+    if not lasts:
+        yield norm
+
+
+def _plain(module: NormModule, name: str) -> Norm:
+    return Norm(
+        name,
         module.kind,
         module.spelling,
         module.evidence,
@@ -67,11 +199,6 @@ def _of_module(graph: ModelGraph, module: NormModule) -> Iterator[Norm]:
         module.calls,
         module=module,
     )
-    lasts = _last_ops(graph, module) if module.kind == "batch_norm" else {}
-    for call, op in lasts.items():
-        yield replace(norm, name=f"{module.name}@{call}" if call else module.name, calls=1, op=op)
-    if not lasts:
-        yield norm
 
 
 def _last_ops(graph: ModelGraph, module: NormModule) -> dict[int, Op]:

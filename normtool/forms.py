@@ -63,6 +63,23 @@ class NormForm:
     def eps_inside(self) -> bool:
         return self.eps_mode == "inside"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The facts, in words."""
+        order = {None: None, True: "before_weight", False: "after_weight"}
+        return {
+            "weight": self.weight is not None,
+            "bias": self.bias is not None,
+            "offset": self.weight_offset,
+            "gain": self.gain,
+            "eps_mode": self.eps_mode,
+            "unbiased": self.unbiased,
+            "compute_dtype": None if self.compute_dtype is None else self.compute_dtype.name,
+            "cast_back": order[self.cast_before_weight],
+            "groups": self.groups,
+            "p": self.p,
+            "ops": [op.name for op in self.ops],
+        }
+
     @property
     def is_native(self) -> bool:
         """Is it a single operator?"""

@@ -6,10 +6,13 @@ A new norm op is a row in `ops.TABLE` and a row here.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normtool.constants import Constants
 from normtool.graph import NormModule, Op, Scope, Tensor
+
+if TYPE_CHECKING:
+    from normtool.forms import NormForm
 
 #: Axes counted from the front where the rank is known, else as the op states them.
 Axes = tuple[int, ...]
@@ -32,8 +35,8 @@ class Norm:
     """One normalisation site: an op, a module, or both.
 
     `eps` is None where the operator has none, `calls` where nothing says how often it runs. `op` is None for a
-    norm that is known as a module only: one spelled out in primitive ops, one that is never called, or any
-    where there is no dataflow.
+    norm that is spelled out in primitive ops (`form` says what they compute, if that is known), for one that is
+    never called, or any where there is no dataflow.
     """
 
     name: str
@@ -47,9 +50,12 @@ class Norm:
     calls: int | None = 1
     op: Op | None = None
     module: NormModule | None = None
+    form: "NormForm | None" = None
 
     @property
     def scope(self) -> Scope:
+        if self.op is None and self.form is not None:
+            return self.form.ops[-1].scope
         return self.op.scope if self.op is not None else Scope()
 
 

@@ -481,6 +481,8 @@ TABLE: tuple[OpRow, ...] = (
     _row("constant", _onnx("Constant", "")),
     _row("constant_of_shape", _onnx("ConstantOfShape", "shape")),
     _row("shape", _onnx("Shape", "x"), defaults={"start": 0}),
+    _row("size", _onnx("Size", "x")),
+    _row("range", _onnx("Range", "start limit delta")),
     _row("one_hot", _onnx("OneHot", "indices depth values"), defaults={"axis": -1}),
     # ---- quantised
     _row("quantize_linear", _onnx("QuantizeLinear", "x scale zero_point"), defaults={"axis": 1}),

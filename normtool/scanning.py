@@ -48,6 +48,7 @@ class NormCount:
             "scope": str(norm.scope),
             "axes": None if norm.axes is None else list(norm.axes),
             "eps": norm.eps,
+            "form": None if norm.form is None else norm.form.to_dict(),
             "learnable": self.learnable,
             "frozen": self.frozen,
             "buffers": self.buffers,

@@ -42,9 +42,10 @@ def _path(entry: Entry) -> Path:
 @pytest.mark.parametrize("entry", corpus_cases(_readable))
 def test_scan_counts_what_the_manifest_counts(entry: Entry) -> None:
     scan = normtool.scan(_path(entry))
-    assert Counter(norm.norm.op.spelling for norm in scan.norms) == entry["norm"]
+    native = [norm for norm in scan.norms if norm.norm.evidence == "op"]
+    assert Counter(norm.norm.op.spelling for norm in native) == entry["norm"]
     for spelling, expected in entry["norm_params"].items():
-        own = [norm for norm in scan.norms if norm.norm.op.spelling == spelling]
+        own = [norm for norm in native if norm.norm.op.spelling == spelling]
         counted = {
             "count": len(own),
             "learnable": sum(norm.learnable for norm in own),
@@ -60,8 +61,64 @@ def test_scan_counts_what_the_manifest_counts(entry: Entry) -> None:
 def test_scan_counts_shared_storage_once(entry: Entry) -> None:
     scan = normtool.scan(_path(entry))
     (expected,) = entry["norm_params"].values()
-    (count,) = scan.summary.values()
+    kind = next(norm.norm.kind for norm in scan.norms if norm.norm.evidence == "op")
+    assert Counter(norm.norm.kind for norm in scan.norms if norm.norm.evidence == "op").keys() == {kind}
+    if any(norm.norm.evidence == "pattern" and norm.norm.kind == kind for norm in scan.norms):
+        pytest.skip("norms of the same kind are spelled out as well, which the manifest counts no elements of")
+    count = scan.summary[kind]
     assert (count.learnable, count.buffers) == (expected["unique_learnable"], expected["unique_buffer"])
+
+
+#: Spelled out, it seems, and no norm: it subtracts from X the mean of X + Y.
+NO_NORM = ("testdata_transform_fusion_skip_layer_norm.onnx",)
+
+
+@pytest.mark.parametrize("entry", corpus_cases(_readable))
+def test_scan_finds_what_is_spelled_out(entry: Entry) -> None:
+    """As many, of the kind and over the axes that the manifest says; one as large as possible."""
+    found = [norm.norm for norm in normtool.scan(_path(entry)).norms if norm.norm.evidence == "pattern"]
+    if entry["file"].endswith(NO_NORM):
+        assert not found
+        return
+    expected = {_as_said(label): count for label, count in entry["decomposed_norm"].items()}
+    assert Counter(norm.kind for norm in found) == Counter({kind: n for (kind, _), n in expected.items()})
+    stated = {axes for _, axes in expected if axes is not None}
+    assert not stated or {_from_the_end(norm) for norm in found} <= {*stated, None}
+
+
+def _as_said(label: str) -> tuple[str, tuple[int, ...] | None]:
+    """`LN@axes[-2, -1]`."""
+    kind = {"LN": "layer_norm", "RMS": "rms_norm"}[label.partition("@")[0]]
+    return kind, tuple(map(int, re.findall(r"-?\d+", label))) or None
+
+
+def _from_the_end(norm: Any) -> tuple[int, ...] | None:
+    """None where onnx could infer no shape."""
+    if norm.axes[0] < 0:
+        return tuple(norm.axes)
+    return tuple(axis - len(norm.form.x.shape) for axis in norm.axes) if norm.form.x.shape else None
+
+
+#: Elements of γ and β, storage that several norms share counted once; and of one norm.
+SPELLED_OUT = {
+    "ch_PP-OCRv4_rec_infer.onnx": (1200, 240),
+    "gtcrn_simple.onnx": (4224, 1056),  # over 33 frequencies and 16 channels
+    "model_2.onnx": (512, 512),
+    "dummy_transformer.onnx": (128, 32),
+    "random_encoder.onnx": (16, 16),  # two norms on one γ and one β
+    "gpt2_past.onnx": (200, 8),
+    "bert_toy_optimized.onnx": (768, 64),
+    # of 26 norms, 24 are twelve calls of two
+    "rxnmapper-albert_op14_decomposed.onnx": (1536, 256, 512),
+    "rxnmapper-albert_op17_ln.onnx": (1536, 256, 512),
+}
+
+
+@pytest.mark.parametrize("entry", corpus_cases(lambda entry: _path(entry).name in SPELLED_OUT))
+def test_elements_of_norms_that_are_spelled_out(entry: Entry) -> None:
+    scan = normtool.scan(_path(entry))
+    each = sorted({norm.learnable for norm in scan.norms if norm.norm.kind == "layer_norm"})
+    assert (scan.summary["layer_norm"].learnable, *each) == SPELLED_OUT[_path(entry).name]
 
 
 #: Where the manifest counts otherwise. It leaves out Constant nodes that give `value_ints` or `value_float`

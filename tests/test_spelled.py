@@ -12,11 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import nn
 
-import normtool
 from normtool.constants import Constants
 from normtool.formats.onnx.read import read_proto
 from normtool.forms import NormForm, norm_forms
@@ -158,7 +154,7 @@ def feeds(model: onnx.ModelProto) -> dict[str, Array]:
     shape = [dim.dim_value or 2 for dim in entry.type.tensor_type.shape.dim]
     dtype = onnx.helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type)
     rng = np.random.default_rng(3)
-    scale = rng.uniform(0.2, 0.8, shape[:-1] + [1])
+    scale = rng.uniform(0.2, 0.8, [*shape[:-1], 1])
     return {entry.name: (rng.standard_normal(shape) * scale + 0.7).astype(dtype)}
 
 

@@ -21,6 +21,9 @@ _KEEP_RANK = frozenset("pow sqrt neg abs relu sigmoid tanh gelu layer_norm rms_n
 
 _REDUCTIONS = frozenset("reduce_mean reduce_sum reduce_sum_square reduce_l1 reduce_l2".split())
 
+#: Ops that look at no number of x.
+_OF_SHAPE = frozenset(["shape", "size"])
+
 #: Most elements of a tensor that goes into a computed number.
 _FEW = 64
 
@@ -60,7 +63,7 @@ class Reading:
         if op is None or op.kind not in COMPUTABLE | {"dequantize_linear"}:
             return False
         inputs = self.graph.inputs(op)
-        if op.kind == "shape":
+        if op.kind in _OF_SHAPE:
             shape = inputs["x"].shape if "x" in inputs else None
             return shape is not None and all(isinstance(n, int) for n in shape)
         return all(self.stored(each, depth + 1) for each in inputs.values())
@@ -96,7 +99,7 @@ class Reading:
             if each.value is not None:
                 if element_count(each.value.shape) > (1 if each is tensor else _FEW):
                     return False
-            elif (op := self.graph.producer(each)) is not None and op.kind != "shape":
+            elif (op := self.graph.producer(each)) is not None and op.kind not in _OF_SHAPE:
                 pending += self.graph.inputs(op).values()
         return True
 

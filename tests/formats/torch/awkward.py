@@ -23,7 +23,7 @@ Inputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Norm:
-    """`evidence` is "op" for functional norms, which only the dataflow shows."""
+    """`evidence` is "op" or "pattern" for norms in other modules' code, which only the dataflow shows."""
 
     kind: str
     learnable: int = 0
@@ -875,6 +875,7 @@ AWKWARD: tuple[Awkward, ...] = (
         lambda: nn.Sequential(NoNorm(4), NormalNoise(), NormLinear(4)),
         _normal(2, 4),
         learnable=28,  # 2·4, 4, 4·4
+        norms={"2.div": Norm("lp_norm", evidence="pattern")},  # of the input, in front of the classifier
     ),
     Awkward(
         "attention and RMSNorm without epsilon",

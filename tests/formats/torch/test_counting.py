@@ -45,7 +45,8 @@ def _no_dataflow(found: Mapping[str, Any]) -> list[str]:
 
 def _without_dataflow(case: Awkward) -> dict[str, dict[str, Any]]:
     """Functional norms are missing, and nothing says how often the others run."""
-    return {name: vars(norm) | {"calls": None} for name, norm in case.norms.items() if norm.evidence != "op"}
+    modules = {name: norm for name, norm in case.norms.items() if norm.evidence not in ("op", "pattern")}
+    return {name: vars(norm) | {"calls": None} for name, norm in modules.items()}
 
 
 # ---- the three ways in ------------------------------------------------------------------------
