@@ -20,7 +20,7 @@ import numpy as np
 
 from normtool.centring import targets
 from normtool.centring.facts import Centre, Centring, Fact, Facts, Solution, Writer
-from normtool.centring.proof import NormStep, OpStep, Step, TableStep, prove
+from normtool.centring.proof import CentreStep, NormStep, OpStep, Step, TableStep, prove
 from normtool.centring.steps import Before
 from normtool.centring.values import Centred, RowWise, zeros_like
 from normtool.constants import Constants
@@ -136,7 +136,8 @@ class _Swapper:
         self.options.check(norm.name for norm in norms)
         forms = norm_forms(self.original, Constants(self.original, self.options.freeze))
         self.now = {form: form for form in forms}
-        of_norm = {norm: _form_of(norm, forms) for norm in norms}
+        by_ops = {form.ops: form for form in forms}
+        of_norm = {norm: _form_of(norm, by_ops) for norm in norms}
         kept = {norm: reasons for norm in norms if (reasons := self._obstacles(norm, of_norm[norm]))}
         chosen = [form for norm, form in of_norm.items() if norm not in kept and form is not None]
         tables = {form: fold for form in chosen if (fold := self._into_table(form)) is not None}
@@ -317,18 +318,19 @@ class _Swapper:
         return Tail(*(self._reader(form, tensor) for tensor in (form.weight, form.bias)))
 
     def _reader(self, form: NormForm, tensor: Tensor | None) -> Op | None:
-        """The op of a norm that reads its γ, or its β."""
+        """The op of a norm that reads its x, γ or β."""
         return next((op for op in form.ops if tensor in self.original.inputs(op).values()), None)
 
     def _as_it_is(self, form: NormForm) -> NormForm:
-        """A norm after its γ and β have moved."""
+        """A norm after edits around it."""
         alive = {op: self.draft.current(op) for op in form.ops}
         ops = tuple(now for now in alive.values() if now is not None)
-        weight, bias = (self._operand(alive, form, tensor) for tensor in (form.weight, form.bias))
-        return replace(form, ops=ops, y=self.draft.output(ops[-1]), weight=weight, bias=bias)
+        x, weight, bias = (self._operand(alive, form, tensor) for tensor in (form.x, form.weight, form.bias))
+        assert x is not None
+        return replace(form, x=x, ops=ops, y=self.draft.output(ops[-1]), weight=weight, bias=bias)
 
     def _operand(self, alive: Mapping[Op, Op | None], form: NormForm, tensor: Tensor | None) -> Tensor | None:
-        """What is now read where a norm used to read its γ, or its β."""
+        """What is now read where a norm used to read its x, γ or β."""
         op = self._reader(form, tensor)
         now = alive[op] if op is not None else None
         if op is None or now is None:
@@ -341,7 +343,7 @@ class _Swapper:
     def _carried_out(self, facts: Facts, solution: Solution) -> dict[NormForm, SwapFold]:
         """Writers, Centres and norms, with what has to be shown of each."""
         steps = Before.of(self.draft, self.constants, facts, solution, self.now.values())
-        norm_steps = {form: self._norm_before(form, how) for form, how in solution.swapped.items()}
+        olds = {form: region_of(self.draft, self.constants, self.now[form].ops) for form in solution.swapped}
         by_op: dict[Op, list[Writer]] = {}
         for writer in solution.writers:
             by_op.setdefault(writer.op, []).append(writer)
@@ -350,19 +352,22 @@ class _Swapper:
             self._carry_out(edits)
             added = sum(writer.copied_bytes for writer in writers)
             self._note(SwapFold((op,), (), tuple(edits), (), added_bytes=added), *writers)
-        for centre in solution.centres:
-            tensor, place = centre.fact.tensor, centre.fact.place
-            producer = self.draft.producer(tensor)
-            graft = Graft(tensor, tuple(targets.centre(tensor, place)), centre.readers)
-            self._carry_out([graft])
-            path = (*([] if producer is None else [producer]), *(read.op for read in centre.readers))
-            self._note(SwapFold(path, (), (graft,), ()), centre)
-        after = steps.after(self.draft, self.constants)
+        centres = {self._centre(centre): centre.fact for centre in solution.centres}
+        after = steps.after(self.draft, self.constants, centres)
         folds = {}
         for form, how in solution.swapped.items():
-            fold, graft = self._norm_fold(form, how)
-            new = region_of(self.draft, self.constants, self.draft.grafted[graft])
-            swapped = replace(norm_steps[form], after=new, leaving=steps.leaving(self.now[form].y))
+            was, now = self.now[form], self._as_it_is(form)
+            fold, graft = self._norm_fold(form, now, how)
+            swapped = NormStep(
+                form.y.name,
+                was.x,
+                how.fact.place,
+                olds[form],
+                now.x,
+                region_of(self.draft, self.constants, self.draft.grafted[graft]),
+                steps.entering(was.x, centres.get(now.x)),
+                steps.leaving(was.y),
+            )
             around = {op for fact in how.path for op in _ops_beside(self.draft, fact.tensor)}
             self.shown_by[fold.path] = [swapped, *(after[op] for op in after if op in around)]
             folds[form] = fold
@@ -377,12 +382,19 @@ class _Swapper:
         new: Value = zeros_like(value) if writer.place is None else Centred(value, writer.place)
         return Rebind(writer.op, writer.slot, new, f"{writer.op.name}.{writer.slot}")
 
-    def _norm_before(self, form: NormForm, how: Centring) -> NormStep:
-        now = self.now[form]
-        return NormStep(form.y.name, now.x, how.fact.place, region_of(self.draft, self.constants, now.ops), ())
+    def _centre(self, centre: Centre) -> Tensor:
+        """Put a Centre op in; returns what it puts out."""
+        tensor, place = centre.fact.tensor, centre.fact.place
+        producer = self.draft.producer(tensor)
+        graft = Graft(tensor, tuple(targets.centre(tensor, place)), centre.readers)
+        self._carry_out([graft])
+        path = (*([] if producer is None else [producer]), *(read.op for read in centre.readers))
+        forms = region_of(self.draft, self.constants, self.draft.grafted[graft])
+        self._note(SwapFold(path, (), (graft,), ()), centre)
+        self.shown_by[path] = [CentreStep(tensor.name, tensor, place, forms)]
+        return self.draft.output(self.draft.put_in[graft])
 
-    def _norm_fold(self, form: NormForm, how: Centring) -> tuple[SwapFold, Graft]:
-        now = self._as_it_is(form)
+    def _norm_fold(self, form: NormForm, now: NormForm, how: Centring) -> tuple[SwapFold, Graft]:
         dtype, rank = now.x.dtype, self.draft.rank(now.x)
         assert dtype is not None
         assert rank is not None
@@ -450,15 +462,11 @@ class _Swapper:
         return [step for step in self.shown_by[()] if isinstance(step, OpStep) and step.op in fold.path]
 
 
-def _form_of(norm: Norm, forms: Iterable[NormForm]) -> NormForm | None:
-    return next(
-        (
-            form
-            for form in forms
-            if form is getattr(norm, "form", None) or (norm.op is not None and form.ops == (norm.op,))
-        ),
-        None,
-    )
+def _form_of(norm: Norm, forms: Mapping[tuple[Op, ...], NormForm]) -> NormForm | None:
+    """What a norm computes: the form that consists of the same ops."""
+    if norm.form is not None:
+        return forms.get(norm.form.ops)
+    return forms.get((norm.op,)) if norm.op is not None else None
 
 
 def _ops_beside(graph: ModelGraph, tensor: Tensor) -> list[Op]:

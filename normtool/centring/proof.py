@@ -70,14 +70,29 @@ class OpStep:
 
 @dataclass(frozen=True, eq=False)
 class NormStep:
-    """A norm: the forms between x and y as they were, and those that take their place."""
+    """A norm: the forms between x and y as they were, and those that take their place.
+
+    `read` is what these read, which is in the relations `entering` to x.
+    """
 
     name: str
     x: Tensor
     place: Place
     before: Sequence[tuple[Form, Tensor]]
-    after: Sequence[tuple[Form, Tensor]]
+    read: Tensor
+    after: Sequence[tuple[Form, Tensor]] = ()
+    entering: tuple[Relation, ...] = ()
     leaving: tuple[Relation, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class CentreStep:
+    """A Centre op: forms that are to take the mean out of x."""
+
+    name: str
+    x: Tensor
+    place: Place
+    forms: Sequence[tuple[Form, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +106,7 @@ class TableStep:
     normed: Value
 
 
-Step = OpStep | NormStep | TableStep
+Step = OpStep | NormStep | CentreStep | TableStep
 
 
 def prove(steps: Iterable[Step], edits: Sequence[Edit], errors: dict[object, float | Reason]) -> Proof:
@@ -118,6 +133,8 @@ def _evaluated(step: Step) -> float | Reason:
                 error = _op_error(step)
             case NormStep():
                 error = _norm_error(step)
+            case CentreStep():
+                error = _centre_error(step)
             case TableStep():
                 error = _table_error(step)
     except UnknownRank as unknown:
@@ -172,15 +189,28 @@ def _lengths_of(step: OpStep) -> dict[Tensor, Carry]:
 
 
 def _norm_error(step: NormStep) -> float:
-    assert step.x.shape is not None
-    own = range(step.place.start, step.place.stop)
-    shape = tuple(int(n or 1) if axis in own else 2 for axis, n in enumerate(step.x.shape))
-    x = np.random.default_rng(0).standard_normal(shape) + 0.5
-    expected, got = _through(step.before, {step.x: x}), _through(step.after, {step.x: step.place.centred(x)})
+    rng = np.random.default_rng(0)
+    old = new = _drawn(step.x, step.place) + 0.5
+    for relation in step.entering:
+        old, new = relation.pair(old, new, rng)
+    expected, got = _through(step.before, {step.x: old}), _through(step.after, {step.read: new})
     difference = got - expected
     for relation in step.leaving:
         difference = relation.error(expected, got)
     return float(np.abs(difference).max(initial=0.0) / np.abs(expected).max(initial=1e-300))
+
+
+def _centre_error(step: CentreStep) -> float:
+    x = _drawn(step.x, step.place) + 0.5
+    return float(np.abs(_through(step.forms, {step.x: x}) - step.place.centred(x)).max(initial=0.0))
+
+
+def _drawn(tensor: Tensor, place: Place) -> Array:
+    """Random numbers for a tensor: the place has the lengths that the model states, all else is small."""
+    assert tensor.shape is not None
+    own = range(place.start, place.stop)
+    shape = tuple(int(n or 1) if axis in own else 2 for axis, n in enumerate(tensor.shape))
+    return np.random.default_rng(0).standard_normal(shape)
 
 
 #: Rows of a table that a proof looks at.

@@ -1,14 +1,14 @@
 """What has to be shown of a swap: every op beside a tensor that changes, before and after."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from normtool.centring.facts import Fact, Facts, Solution
 from normtool.centring.proof import OpStep, Relation
 from normtool.constants import Constants
 from normtool.draft import Draft
 from normtool.forms import NormForm
-from normtool.graph import GRAPH_OUTPUT, Op, Read, Tensor
+from normtool.graph import GRAPH_OUTPUT, Op, Tensor
 from normtool.probes import Shapes
 from normtool.proof import Form, form_of
 
@@ -22,31 +22,31 @@ class Before:
     forms: Mapping[Op, Form]
     outputs: Mapping[Op, Mapping[str, Tensor]]
     relations: Relations
-    #: readers that a Centre op will stand in front of
-    centred_reads: Mapping[Read, Fact] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, draft: Draft, constants: Constants, facts: Facts, solution: Solution, norms: Iterable[NormForm]
     ) -> "Before":
         relations = _relations(draft, facts, solution)
-        reads = {read: centre.fact for centre in solution.centres for read in centre.readers}
         inside = {op for form in norms for op in form.ops}
         changed = [tensor for tensor, found in relations.items() if any(each.kind != "held" for each in found)]
         ops = dict.fromkeys(op for tensor in changed for op in _beside(draft, tensor))
-        ops |= dict.fromkeys(read.op for read in reads)
+        ops |= dict.fromkeys(read.op for centre in solution.centres for read in centre.readers)
         ops = {op: None for op in ops if op not in inside and op.kind not in (GRAPH_OUTPUT, "shape", "size")}
         forms = {op: form_of(draft, constants, op) for op in ops}
-        return cls(forms, {op: draft.outputs(op) for op in ops}, relations, reads)
+        return cls(forms, {op: draft.outputs(op) for op in ops}, relations)
 
-    def after(self, draft: Draft, constants: Constants) -> dict[Op, OpStep]:
-        """A step for each op, once the draft has seen the edits."""
+    def after(self, draft: Draft, constants: Constants, centres: Mapping[Tensor, Fact]) -> dict[Op, OpStep]:
+        """A step for each op, once the draft has seen the edits. `centres`: what the Centre ops put out."""
         steps = {}
         for op, before in self.forms.items():
             current = draft.current(op)
             if current is None:
                 continue
-            entering = {slot: self._entering(op, slot, tensor) for slot, tensor in before.data.items()}
+            now = draft.inputs(current)
+            entering = {
+                slot: self.entering(tensor, centres.get(now[slot])) for slot, tensor in before.data.items()
+            }
             leaving = {slot: self.leaving(tensor) for slot, tensor in self.outputs[op].items()}
             shapes = Shapes.of(draft.base, {*before.data.values(), *self.outputs[op].values()})
             after = form_of(draft, constants, current)
@@ -56,10 +56,10 @@ class Before:
     def leaving(self, tensor: Tensor) -> tuple[Relation, ...]:
         return tuple(self.relations.get(tensor, ()))
 
-    def _entering(self, op: Op, slot: str, tensor: Tensor) -> tuple[Relation, ...]:
-        fact = self.centred_reads.get(Read(op, slot))
-        own = tuple(self.relations.get(tensor, ()))
-        return own if fact is None else (*own, Relation(fact.place, "centred"))
+    def entering(self, tensor: Tensor, centre: Fact | None) -> tuple[Relation, ...]:
+        """The relation of what is read where `tensor` was read, or of that behind a Centre op."""
+        own = self.leaving(tensor)
+        return own if centre is None else (*own, Relation(centre.place, "centred"))
 
 
 def _beside(draft: Draft, tensor: Tensor) -> list[Op]:
