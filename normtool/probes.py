@@ -287,15 +287,17 @@ def _embedding(known: _Known) -> Settled:
 
 def _picked(known: _Known) -> Settled:
     """Everything that is picked from has three entries; indices of a small shape point at the first two."""
-    tensor = known.form.data["x"]
-    lengths, fixed = known.shapes.lengths(tensor), dict(known.fixed(tensor))
-    shapes = {"x": tuple(fixed.get(a, _SMALL) for a in range(len(lengths)))}
+    shapes: dict[str, Lengths] = {}
+    if "x" in known.form.data:
+        tensor = known.form.data["x"]
+        lengths, fixed = known.shapes.lengths(tensor), dict(known.fixed(tensor))
+        shapes = {"x": tuple(fixed.get(a, _SMALL) for a in range(len(lengths)))}
     for slot, each in known.form.data.items():
         if slot.startswith("indices"):
             own = known.shapes.lengths(each)
             last = own[-1:] if known.form.kind == "gather_nd" else [2]
             shapes[slot] = (*[2] * (len(own) - 1), *(n or 2 for n in last))
-    if len(shapes) == 1:  # stored indices may point anywhere
+    if shapes.keys() == {"x"}:  # stored indices may point anywhere
         shapes["x"] = tuple(fixed.get(a) or n or _SMALL for a, n in enumerate(lengths))
     return Settled(shapes)
 
@@ -463,7 +465,8 @@ def _expanded(known: _Known) -> Settled:
     if "x" in known.form.constants:
         return Settled({}, {"shape": target}, frozenset(["shape"]))
     lengths = [n or 2 for n in known.shapes.lengths(known.form.data["x"])]
-    return Settled({"x": tuple(lengths)}, {"shape": target}, frozenset(["shape"]))
+    others = frozenset((*known.form.data, *known.form.constants)) - {"x"}
+    return Settled({"x": tuple(lengths)}, {"shape": target}, others)
 
 
 # ---- lengths as they are --------------------------------------------------------------------------
@@ -471,7 +474,10 @@ def _expanded(known: _Known) -> Settled:
 
 def _reshaped(known: _Known) -> Settled:
     """The stated shapes, with a number for every symbol; one unknown length follows from all the others."""
-    source = [n or 2 for n in known.shapes.lengths(known.form.data["x"])]
+    stored = "x" in known.form.constants
+    source = (
+        list(known.shape_of("x")) if stored else [n or 2 for n in known.shapes.lengths(known.form.data["x"])]
+    )
     target = known.shapes.lengths(known.outputs["y"])
     open_axes = [axis for axis, n in enumerate(target) if n is None]
     count = math.prod(source)
@@ -481,7 +487,7 @@ def _reshaped(known: _Known) -> Settled:
     if len(whole) < len(target) or math.prod(whole) != count:
         raise ValueError(f"{source} cannot be seen as {target}")
     others = frozenset((*known.form.data, *known.form.constants)) - {"x"}
-    return Settled({"x": tuple(source)}, {"shape": whole, "allowzero": 1}, others)
+    return Settled({} if stored else {"x": tuple(source)}, {"shape": whole, "allowzero": 1}, others)
 
 
 _SETTLE: Mapping[str, Callable[[_Known], Settled]] = {
