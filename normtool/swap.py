@@ -142,6 +142,8 @@ class _Swapper:
         chosen = [form for norm, form in of_norm.items() if norm not in kept and form is not None]
         tables = {form: fold for form in chosen if (fold := self._into_table(form)) is not None}
         rest = [form for form in chosen if form not in tables]
+        if tables:  # what such a norm put out is no norm's any more, and whoever read that may read what it read
+            self.now = {form: self._as_it_is(form) for form in forms if form not in tables}
         facts, solution, unknown = self._solved(rest)
         while self._scales_moved(facts):
             facts, solution, unknown = self._solved(rest)

@@ -322,6 +322,14 @@ def _concat_ahead(call: Call) -> Answer:
     return call.observes() if _lies_on(call, "axis") else {"y": call.place}
 
 
+def _split_behind(call: Call) -> Answer:
+    """Parts along another axis are centred with the whole, whoever reads the others."""
+    rank, axis = call.rank("x"), int(call.constants.attribute(call.op, "axis") or 0)
+    if rank is None or axis % rank in range(call.place.start, call.place.stop):
+        return call.blocked("cuts along that axis", "axis_mismatch")
+    return {"x": call.place}
+
+
 def _lies_on(call: Call, name: str) -> bool:
     """Does the op work along an axis of the place, or along one that is not known?"""
     rank, stated = call.constants.graph.rank(call.output), call.constants.attribute(call.op, name)
@@ -440,6 +448,7 @@ _BEHIND: Mapping[str, Callable[[Call], Answer]] = {
     "div": _product_behind,
     "neg": _same("x"),
     "concat": _concat_behind,
+    "split": _split_behind,
     "reduce_mean": _mean_behind,
     "reduce_sum": _mean_behind,
     "average_pool": _window(_same("x")),
