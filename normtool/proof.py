@@ -14,6 +14,7 @@ on
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ from normtool.probes import Shapes, UnknownRank, as_stated, settle
 from normtool.reasons import Reason
 from normtool.semantics import evaluate
 from normtool.values import (
-    BLOCK,
     EXTENDED,
     Array,
     Value,
@@ -48,6 +48,9 @@ TERMS_TOLERANCE = 1e-14
 
 #: Half an ulp, with room for the rounding of the exact value itself.
 HALF_ULP = 0.5 * (1 + 2.0**-9)
+
+#: Weights of so many elements are worth a second thread.
+_SIDE_BY_SIDE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ def prove(steps: Sequence[Step | Region], edits: Sequence[Edit]) -> Proof:
     The two checks read the same weights and share nothing else, so for large weights they run side by side:
     numpy lets go of the interpreter while it computes.
     """
-    if max((element_count(value.shape) for _, value, _ in _stored(edits)), default=0) < BLOCK:
+    if max((element_count(value.shape) for _, value, _ in _stored(edits)), default=0) < _SIDE_BY_SIDE:
         count, worst, failures = _check_coefficients(edits)
         error, wrong = _check_equations(steps)
     else:
@@ -292,6 +295,7 @@ def _stored(edits: Iterable[Edit]) -> list[tuple[str, Value, str]]:
 def _check_equations(steps: Sequence[Step | Region]) -> tuple[float, list[Reason]]:
     """(the largest relative difference, what is wrong)."""
     worst, failures = 0.0, []
+    rng = np.random.default_rng(0)
     for step in steps:
         try:
             if isinstance(step, Region):
@@ -300,7 +304,7 @@ def _check_equations(steps: Sequence[Step | Region]) -> tuple[float, list[Reason
                 found, half_a_step = _requantised(step)
                 error = 0.0 if found <= half_a_step * (1 + REGION_TOLERANCE) else found
             else:
-                error = _step_error(step)
+                error = _step_error(step, rng)
         except UnknownRank as unknown:
             failures.append(Reason("axis_unknown", str(unknown), step.op.name))
             continue
@@ -315,12 +319,12 @@ def _check_equations(steps: Sequence[Step | Region]) -> tuple[float, list[Reason
     return worst, failures
 
 
-def _step_error(step: Step) -> float:
+def _step_error(step: Step, rng: np.random.Generator) -> float:
     """Largest difference of the two sides of one op, relative to the largest magnitude of its channel."""
     settled = settle(step.before, step.outputs, step.carried, step.shapes)
     if any(form.constants and form.kind == "add" and step.before.kind == "conv" for form in step.after[1:]):
         settled = as_stated(step.before, step.shapes)  # a map of every position
-    old, new = _inputs(step, settled.shapes)
+    old, new = _inputs(step, settled.shapes, rng)
     before = settled.fitted(step.before)
     expected = _run([before], old)
     if step.after:
@@ -368,10 +372,9 @@ def _region_error(region: Region) -> float:
 
 
 def _inputs(
-    step: Step, shapes: Mapping[str, tuple[int, ...]]
+    step: Step, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator
 ) -> tuple[dict[Tensor, Array], dict[Tensor, Array]]:
     """What enters before and after, tensor by tensor: standard normal on the side that determines the other."""
-    rng = np.random.default_rng(0)
     old: dict[Tensor, Array] = {}
     new: dict[Tensor, Array] = {}
     for slot, tensor in step.before.data.items():
@@ -513,16 +516,36 @@ def _fit(value: Value) -> _Fit:
     """The worst distance in ulp, and whether the dtype is too narrow. Correctly rounded counts as 0.5."""
     fit = _Fit()
     for start, stop in row_blocks(value):
-        stored, wanted = value.rows(start, stop), exact_rows(value, start, stop)
+        wanted = exact_rows(value, start, stop)
+        stored = round_to(wanted, value.dtype)  # what `value.rows` gives, which would compute it all again
         fit.overflows |= not np.isfinite(stored).all()
         fit.underflows |= _underflows(stored, wanted)
         if fit.overflows:
             fit.ulp = np.inf
-        elif stored.dtype.itemsize >= 4 and np.array_equal(round_to(wanted, value.dtype), stored):
+        elif stored.dtype.itemsize >= 4 and _within_half_ulp(stored, wanted):
             fit.ulp = max(fit.ulp, 0.5)
         else:
             fit.ulp = max(fit.ulp, float(np.max(ulp_distance(stored, wanted), initial=0.0)))
     return fit
+
+
+def _within_half_ulp(stored: Array, exact: Array) -> bool:
+    """|stored − exact| ≤ ½ulp for every number: the short way, without taking it apart with frexp.
+
+    A number without its mantissa is 2^e, and its ulp is 2^(e − mantissa bits).
+    """
+    exponent, smallest, mantissa = _layout(stored.dtype)
+    power = (stored.view(exponent.dtype) & exponent).view(stored.dtype)
+    error = np.abs(stored - exact) * mantissa  # in the wide dtype: a float32 would round it
+    return bool((error <= HALF_ULP * np.maximum(power, smallest)).all())
+
+
+@cache
+def _layout(dtype: np.dtype[Any]) -> tuple[Array, float, float]:
+    """(the bits of the exponent, the smallest normal number, 2^mantissa bits) of float32 or float64."""
+    limits = np.finfo(dtype)
+    exponent = np.array(np.inf, dtype).view(f"u{dtype.itemsize}")
+    return exponent, float(limits.smallest_normal), 2.0**limits.nmant
 
 
 def _underflows(stored: Array, exact: Array) -> bool:

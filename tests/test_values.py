@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normtool import values
-from normtool.proof import HALF_ULP, ulp_distance
+from normtool.proof import HALF_ULP, _within_half_ulp, ulp_distance
 from normtool.values import (
     EXTENDED,
+    Computed,
     Dense,
     Rounded,
     Scaled,
@@ -171,6 +172,19 @@ class TestUlpDistance:
         for part in (EXTENDED(1) / 4, EXTENDED(1) / 2, EXTENDED(3) / 4, EXTENDED(7)):
             assert np.array_equal(ulp_distance(stored, stored.astype(EXTENDED) + part * step), np.full(4, part))
 
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize("scale", [1e-45, 1e-38, 1.0, 1e38], ids=str)
+    def test_the_short_way_takes_a_rounding_and_no_neighbour_of_it(self, dtype, scale):
+        exact = np.random.default_rng(0).uniform(1, 3, 1000).astype(EXTENDED) * EXTENDED(scale)
+        stored = exact.astype(dtype)
+        for each, wanted in zip(stored[:, None], exact[:, None], strict=True):
+            assert _within_half_ulp(each, wanted)
+            for neighbour in (np.nextafter(each, dtype(0)), np.nextafter(each, dtype(np.inf))):
+                far = ulp_distance(neighbour, wanted)[0] > HALF_ULP
+                assert not (far and _within_half_ulp(neighbour, wanted))
+        assert not _within_half_ulp(np.nextafter(stored, dtype(0)), exact)
+        assert _within_half_ulp(stored[0].reshape(()), exact[0].reshape(()))
+
     @each([*HALF_TYPES, np.float32])
     @given(st.floats(allow_nan=False, allow_infinity=False))
     @settings(deadline=None, max_examples=150)
@@ -299,6 +313,17 @@ class TestSizes:
     @pytest.mark.parametrize(("name", "answer"), [("bfloat16", True), ("float8_e4m3fn", True), ("int4", False)])
     def test_is_float(self, name, answer):
         assert is_float(np.dtype(getattr(ml_dtypes, name))) is answer
+
+    def test_what_is_stored_is_the_rounding_of_the_exact_rows(self):
+        """The proof looks at the exact rows alone, and rounds them itself."""
+        thirds = np.arange(12).reshape(4, 3) / EXTENDED(3)
+        values = [
+            Rounded(thirds, np.dtype(np.float32)),
+            Computed((4, 3), np.dtype(np.float32), lambda: thirds),
+            Scaled(Dense(thirds.astype(np.float32)), np.full((4, 1), 1 / EXTENDED(7))),
+        ]
+        for value in values:
+            assert np.array_equal(value.rows(1, 3), round_to(value.exact_rows(1, 3), value.dtype))
 
     def test_rounded_holds_the_exact_values_too(self):
         value = Rounded(np.array([1 / EXTENDED(3), 2]), np.dtype(np.float16))
