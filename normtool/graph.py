@@ -141,6 +141,9 @@ class ModelGraph:
 
     def __init__(self) -> None:
         self.nodes: nx.MultiDiGraph[Any] = nx.MultiDiGraph()
+        # networkx's own dictionaries: its views cost as much as all else that planning does
+        self._pred: dict[Any, dict[Any, Any]] = self.nodes._pred
+        self._succ: dict[Any, dict[Any, Any]] = self.nodes._succ
         self.ops: list[Op] = []
         self.tensors: list[Tensor] = []
         self.calls: dict[Scope, int] = {}
@@ -177,15 +180,6 @@ class ModelGraph:
             self.nodes.add_edge(tensor, op, key=f"output.{position}")
 
     # ---- asking ---------------------------------------------------------------------------
-
-    @property
-    def _pred(self) -> dict[Any, dict[Any, Any]]:
-        """networkx's own dictionaries: its views cost as much as all else that planning does."""
-        return self.nodes._pred  # type: ignore[no-any-return]
-
-    @property
-    def _succ(self) -> dict[Any, dict[Any, Any]]:
-        return self.nodes._succ  # type: ignore[no-any-return]
 
     def inputs(self, op: Op) -> dict[str, Tensor]:
         """Slot → tensor, in no particular order; absent optional inputs are absent keys."""
@@ -235,4 +229,13 @@ class ModelGraph:
 
     def sorted_ops(self) -> list[Op]:
         """Ops in dataflow order. Raises `networkx.NetworkXUnfeasible` on a cycle."""
-        return [node for node in nx.topological_sort(self.nodes) if isinstance(node, Op)]
+        waiting = {node: sum(map(len, makers.values())) for node, makers in self._pred.items()}
+        ready = [node for node, count in waiting.items() if not count]
+        for node in ready:  # which grows meanwhile
+            for reader, slots in self._succ[node].items():
+                waiting[reader] -= len(slots)
+                if not waiting[reader]:
+                    ready.append(reader)
+        if len(ready) < len(waiting):
+            raise nx.NetworkXUnfeasible("the graph has a cycle")
+        return [node for node in ready if isinstance(node, Op)]

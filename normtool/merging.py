@@ -52,6 +52,9 @@ _SUMS: Mapping[str, Mapping[str, int]] = {"add": {}, "sum": {}, "sub": {"b": -1}
 #: Ops that hand on what they read.
 _CARRIERS = frozenset(["identity", "dropout"])
 
+#: What the terms of a sum come out of, where there is anything to merge.
+_TERMS = frozenset(["conv", "average_pool", "batch_norm", "mul", "div", *_SUMS, *_CARRIERS])
+
 
 @dataclass(frozen=True, eq=False)
 class Branch:
@@ -109,6 +112,9 @@ class Merger:
 
     def merge(self, root: Op) -> Merged | None:
         """The Conv that does what the sum behind `root` does; None where there is none."""
+        makers = [self.graph.producer(tensor) for tensor in self.graph.inputs(root).values()]
+        if not any(maker is not None and maker.kind in _TERMS for maker in makers):
+            return None
         try:
             whole = self._sum(self.graph.output(root), first=True)
             if len(whole.branches) < 2 or not self._is_about_norms(whole):

@@ -512,8 +512,9 @@ class Planner:
     def _merge_branches(self) -> None:
         """Sums of convolutions of one tensor become one, from the last op of each sum on."""
         merger = Merger(self.constants, self._as_affine, lambda op: op in self.took_in)
-        for op in sorted(self.graph.living(), key=self._place, reverse=True):
-            if self.graph.current(op) is not op or op.kind not in MERGED_AT or op in self.around.untouchable:
+        roots = [op for op in self.graph.living() if op.kind in MERGED_AT and op not in self.around.untouchable]
+        for op in sorted(roots, key=self._place, reverse=True):
+            if self.graph.current(op) is not op:
                 continue
             merged = merger.merge(op)
             if merged is not None and not any(each in self.around.untouchable for each in merged.ops):
@@ -542,8 +543,9 @@ class Planner:
         """Mul, Add, Sub and Div by one constant per channel: a layer scale, a frozen BatchNorm spelled out."""
         own = {norm.op for norm in norms}
         sites = []
-        for op in sorted(self.graph.living(), key=self._place, reverse=True):
-            if op.kind not in ELEMENTWISE or self.graph.current(op) is not op or op in own:
+        maps = [op for op in self.graph.living() if op.kind in ELEMENTWISE and op not in own]
+        for op in sorted(maps, key=self._place, reverse=True):
+            if self.graph.current(op) is not op:
                 continue
             if channel_axis(self.constants, op) is None:
                 continue

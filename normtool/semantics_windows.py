@@ -84,15 +84,15 @@ def conv(call: Call) -> Array:
     grid = _grid(call, list(weight.shape[2:]), list(x.shape[2:]))
     windows = grid.windows(grid.padded(x))
     batch, out_spatial = x.shape[0], windows.shape[2 : 2 + rank]
-    # (g, Cin/g · K, N · O): one column per output position
-    columns = np.moveaxis(windows, (0, *range(2, 2 + rank)), range(-1 - rank, 0))
+    # (N, Cin, *O, *K) → (g, Cin/g · K, N · O): one column per output position
+    columns = windows.transpose(1, *range(2 + rank, 2 + 2 * rank), 0, *range(2, 2 + rank))
     columns = columns.reshape(groups, -1, batch * element_count(out_spatial))
     flat = np.empty((weight.shape[0], columns.shape[2]))
     for start, stop, rows in _group_rows(weight, groups):
         first = start * groups // weight.shape[0]
         part = np.matmul(rows, columns[first : first + rows.shape[0]])
         flat[start:stop] = part.reshape(stop - start, -1)
-    y = np.moveaxis(flat.reshape(weight.shape[0], batch, *out_spatial), 0, 1)
+    y = flat.reshape(weight.shape[0], batch, *out_spatial).swapaxes(0, 1)
     return _plus_bias(call, y)
 
 
