@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from normtool.constants import Constants
 from normtool.forms import NormForm, spelled_forms
-from normtool.graph import ModelGraph, NormModule, Op, Scope, Tensor
+from normtool.graph import ModelGraph, NormModule, Op, Read, Scope, Tensor
 from normtool.norms import NORMS, Norm, axes_of, number
 
 
@@ -63,7 +63,7 @@ def _by_module(
             found.setdefault(None, []).append(form)
     own = _ops_of(graph, whole) if whole else {}
     for path, several in whole.items():
-        if _is_all(own[path], several):
+        if _is_all(graph, own[path], several):
             found[_module_of(graph, path, several)] = several
         else:
             found.setdefault(None, []).extend(several)
@@ -71,7 +71,7 @@ def _by_module(
 
 
 def _around(owner: str, modules: Mapping[str, NormModule]) -> Iterator[NormModule]:
-    """The norm modules that a path lies in, itself first. (Inside of what has running statistics may be more.)"""
+    """The norm modules that a path lies in, itself first; within one with running statistics may be others."""
     if owner in modules:
         yield modules[owner]
     while owner:
@@ -88,15 +88,20 @@ def _ops_of(graph: ModelGraph, paths: Iterable[str]) -> dict[str, list[Op]]:
     return own
 
 
-def _is_all(ops: list[Op], forms: list[NormForm]) -> bool:
+def _is_all(graph: ModelGraph, ops: list[Op], forms: list[NormForm]) -> bool:
     """Does each call consist of one of these norms, and of what only gives numbers another shape or dtype?"""
     calls = {op.call for op in ops}
     inside = {op for form in forms for op in form.ops}
+    inside |= {read.op for form in forms if form.weight_offset for read in _readers(graph, form.weight)}
     rest = [op for op in ops if op not in inside and op.kind not in _BESIDE]
     return not rest and len(forms) == len(calls) == len({form.ops[-1].call for form in forms})
 
 
-#: Ops that a norm module may have beside the norm: carriers, and 1 + γ.
+def _readers(graph: ModelGraph, tensor: Tensor | None) -> list[Read]:
+    return graph.readers(tensor) if tensor is not None else []
+
+
+#: Ops that a norm module may have beside the norm.
 _BESIDE = frozenset(
     "identity cast cast_like dropout reshape flatten squeeze unsqueeze expand transpose shape constant".split()
 )

@@ -5,15 +5,21 @@ rounding. Look-alikes are in the second half, each with what it is taken for.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
 
+import normtool
 from normtool.constants import Constants
+from normtool.detect import find_norms
 from normtool.formats.onnx.read import read_proto
 from normtool.forms import NormForm, norm_forms
 from normtool.graph import ModelGraph
@@ -572,3 +578,635 @@ def test_spelling(case: Case) -> None:
     assert form.y.name == model.graph.node[-1].input[0]
     assert form.x.name == model.graph.node[0].output[0]
     check(form, graph, model, 5e-3 if case.dtype == np.float16 else 2e-5)
+
+
+# ---- a form that says something else is found out -------------------------------------------------------
+
+WRONG = {
+    "eps": {"eps": 1e-5},
+    "eps-mode": {"eps_mode": "outside"},
+    "axes": {"axes": (1,)},
+    "unbiased": {"unbiased": True},
+    "kind": {"kind": "rms_norm"},
+    "offset": {"weight_offset": 1.0},
+    "gain": {"gain": 1.01},
+    "no-weight": {"weight": None},
+    "no-bias": {"bias": None},
+}
+
+
+@pytest.mark.parametrize("changes", [pytest.param(changes, id=name) for name, changes in WRONG.items()])
+def test_a_wrong_form_is_found_out(changes: dict[str, Any]) -> None:
+    model = built(_pytorch)
+    (form,), graph = forms_of(model)
+    check(form, graph, model)
+    with pytest.raises(AssertionError):
+        check(replace(form, **changes), graph, model, tolerance=1e-3)
+
+
+# ---- what merely looks like a norm ----------------------------------------------------------------------
+
+
+def _std_alone(n: Spelling, x: str) -> str:
+    """x/std: the mean stays."""
+    return str(n.node("Div", x, n.root(n.centred(x))))
+
+
+def _mean_alone(n: Spelling, x: str) -> str:
+    """(x − μ)/rms(x): the second moment is not that of x − μ."""
+    return str(n.node("Div", n.centred(x), n.root(x)))
+
+
+def _mean_added(n: Spelling, x: str) -> str:
+    return str(n.node("Div", n.node("Add", x, n.mean(x)), n.root(n.centred(x))))
+
+
+def _other_means(n: Spelling, x: str) -> str:
+    """It subtracts the mean over one axis and divides by the std over another."""
+    return str(n.node("Div", n.centred(x, 1), n.root(n.centred(x, 2), 2)))
+
+
+def _other_x(n: Spelling, x: str) -> str:
+    """The mean is that of another tensor."""
+    return str(n.node("Div", n.node("Sub", x, n.mean(n.node("Abs", x))), n.root(n.centred(x))))
+
+
+def _wrong_count(n: Spelling, x: str) -> str:
+    """The sum of squares over what is neither N nor N − 1."""
+    total = n.reduce("ReduceSum", n.square(x), -1)
+    return str(n.node("Div", x, n.node("Sqrt", n.plus_eps(n.node("Div", total, n.value(D - 2))))))
+
+
+def _wrong_mean(n: Spelling, x: str) -> str:
+    mean = n.node("Div", n.reduce("ReduceSum", x, -1), n.value(D - 1))
+    z = n.node("Sub", x, mean)
+    return str(n.node("Div", n.node("Sub", x, mean), n.node("Add", n.root(z), n.value(1))))
+
+
+def _maximum(n: Spelling, x: str) -> str:
+    """Divided by the root of the largest square."""
+    return str(n.node("Div", x, n.node("Sqrt", n.plus_eps(n.reduce("ReduceMax", n.square(x), -1)))))
+
+
+def _fourth_power(n: Spelling, x: str) -> str:
+    root = n.node("Sqrt", n.plus_eps(n.mean(n.node("Pow", x, n.value(4)))))
+    return str(n.node("Div", x, root))
+
+
+def _cube_root(n: Spelling, x: str) -> str:
+    root = n.node("Pow", n.plus_eps(n.mean(n.square(x))), n.value(1 / 3))
+    return str(n.node("Div", x, root))
+
+
+def _softmax(n: Spelling, x: str) -> str:
+    powers = n.node("Exp", n.node("Sub", x, n.reduce("ReduceMax", x, -1)))
+    return str(n.node("Div", powers, n.reduce("ReduceSum", powers, -1)))
+
+
+def _multiplied(n: Spelling, x: str) -> str:
+    """x times the root."""
+    return str(n.node("Mul", x, n.root(x)))
+
+
+def _over_the_variance(n: Spelling, x: str) -> str:
+    z = n.centred(x)
+    return str(n.node("Div", z, n.plus_eps(n.mean(n.square(z)))))
+
+
+def _two_eps(n: Spelling, x: str) -> str:
+    """Under the root and behind it: no ε says that."""
+    z = n.centred(x)
+    return str(n.node("Div", z, n.plus_eps(n.root(z))))
+
+
+def _eps_and_bound(n: Spelling, x: str) -> str:
+    z = n.centred(x)
+    return str(n.node("Div", z, n.node("Sqrt", n.plus_eps(n.node("Max", n.mean(n.square(z)), n.value(0.1))))))
+
+
+def _eps_of_data(n: Spelling, x: str) -> str:
+    z = n.centred(x)
+    eps = n.mean(n.node("Abs", x))
+    return str(n.node("Div", z, n.node("Sqrt", n.node("Add", n.mean(n.square(z)), eps))))
+
+
+def _mismatched_axes(n: Spelling, x: str) -> str:
+    """The statistics lie along another axis: the lost axis was not put back where it was. (A square x.)"""
+    root = n.node("Sqrt", n.plus_eps(n.mean(n.square(x), 2, keepdims=0)))
+    return str(n.node("Div", x, n.node("Unsqueeze", root, n.constant(np.array([1], np.int64)))))
+
+
+def _over_the_batch(n: Spelling, x: str) -> str:
+    """A BatchNorm in training."""
+    return _over(0, 2, 3, weight=(D, 1, 1))(n, x)
+
+
+def _stored(n: Spelling, x: str) -> str:
+    """Weight standardisation: it normalises a weight."""
+    weight = n.weight(D, D)
+    return str(n.node("MatMul", x, _without_affine(n, weight)))
+
+
+def _cosine(n: Spelling, x: str) -> str:
+    """A product of two vectors over the product of their lengths."""
+    other = n.node("Tanh", x)
+    lengths = n.node("Mul", n.reduce("ReduceL2", x, -1), n.reduce("ReduceL2", other, -1))
+    return str(n.node("Mul", n.node("Div", n.node("Mul", x, other), lengths), n.value(1, SHAPE)))
+
+
+def _pooled_statistics(n: Spelling, x: str) -> str:
+    """Mean and std as features (speaker embedding)."""
+    std = n.root(n.centred(x, 1), 1)
+    return str(n.node("Mul", n.node("Concat", n.mean(x, 1), std, axis=1), n.value(1, (1, 1, D))))
+
+
+def _negative(n: Spelling, x: str) -> str:
+    """(μ − x)/σ: a norm of the other sign."""
+    return str(n.node("Div", n.node("Sub", n.mean(x), x), n.root(n.centred(x))))
+
+
+NO_NORMS = {
+    "std-without-mean": _std_alone,
+    "mean-without-its-variance": _mean_alone,
+    "mean-added": _mean_added,
+    "mean-and-variance-over-different-axes": _other_means,
+    "mean-of-another-tensor": _other_x,
+    "sum-over-another-count": _wrong_count,
+    "mean-over-another-count": _wrong_mean,
+    "largest-square": _maximum,
+    "fourth-power": _fourth_power,
+    "cube-root": _cube_root,
+    "softmax": _softmax,
+    "times-the-root": _multiplied,
+    "over-the-variance": _over_the_variance,
+    "two-epsilons": _two_eps,
+    "epsilon-and-bound": _eps_and_bound,
+    "epsilon-of-data": _eps_of_data,
+    "stored-tensor": _stored,
+    "cosine": _cosine,
+    "pooled-statistics": _pooled_statistics,
+    "other-sign": _negative,
+}
+
+
+@pytest.mark.parametrize("build", [pytest.param(build, id=name) for name, build in NO_NORMS.items()])
+def test_what_is_no_norm(build: Build) -> None:
+    found, _ = forms_of(built(build))
+    assert [form.kind for form in found] == []
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        pytest.param(_mismatched_axes, (5, 5, 5), id="axis-not-put-back"),
+        pytest.param(_over_the_batch, IMAGE, id="batch-statistics"),
+    ],
+)
+def test_what_is_no_norm_of_another_shape(build: Build, shape: tuple[int, ...]) -> None:
+    assert forms_of(built(build, shape))[0] == []
+
+
+# ---- a norm, and something else behind it ---------------------------------------------------------------
+
+
+def _data_behind(n: Spelling, x: str) -> str:
+    """adaLN: γ and β are computed from data."""
+    y, scale = _without_affine(n, x), n.node("Tanh", x)
+    return str(n.node("Add", n.node("Mul", y, scale), n.node("Abs", x)))
+
+
+def _scalar_behind(n: Spelling, x: str) -> str:
+    """Attention's 1/√d belongs to the attention."""
+    return str(n.node("Mul", _without_affine(n, x), n.value(0.5)))
+
+
+def _positions_behind(n: Spelling, x: str) -> str:
+    """A position embedding varies along an axis that is not normalised."""
+    return str(n.node("Add", _without_affine(n, x), n.beta(5, D)))
+
+
+def _mask_behind(n: Spelling, x: str) -> str:
+    """One number for each sample."""
+    return str(n.node("Mul", _without_affine(n, x), n.gamma(4, 1, 1)))
+
+
+def _relu_behind(n: Spelling, x: str) -> str:
+    return str(n.node("Relu", _without_affine(n, x)))
+
+
+def _broadcast_behind(n: Spelling, x: str) -> str:
+    """A constant with more axes than x makes another shape of it."""
+    return str(n.node("Mul", _without_affine(n, x), n.gamma(2, 1, 1, D)))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [_data_behind, _scalar_behind, _positions_behind, _mask_behind, _relu_behind, _broadcast_behind],
+)
+def test_what_is_behind_a_norm_is_not_taken_for_its_weights(build: Build) -> None:
+    model = built(build)
+    (form,), graph = forms_of(model)
+    assert (form.kind, form.weight, form.bias, form.gain) == ("layer_norm", None, None, 1.0)
+    assert form.ops[-1].kind == "div"
+    check(form, graph, model)
+
+
+def _two_weights(n: Spelling, x: str) -> str:
+    """Behind γ and β, LayerScale: the second factor is another op's."""
+    return str(n.node("Mul", _pytorch(n, x), n.gamma()))
+
+
+def test_only_one_weight_is_taken() -> None:
+    model = built(_two_weights)
+    (form,), graph = forms_of(model)
+    assert form.y.name == model.graph.node[-2].input[0]
+    check(form, graph, model)
+
+
+def _rms_of_centred(n: Spelling, x: str) -> str:
+    """The mean is over one axis, the rest an RMSNorm over another: that it is, of x − mean(x)."""
+    z = n.centred(x, 1)
+    return str(n.node("Mul", n.node("Div", z, n.root(z, 2)), n.gamma()))
+
+
+def test_means_over_another_axis_are_in_front_of_an_rms_norm() -> None:
+    model = built(_rms_of_centred)
+    (form,), graph = forms_of(model)
+    assert (form.kind, form.axes) == ("rms_norm", (2,))
+    assert form.ops[0].kind == "pow"
+    check(form, graph, model)
+
+
+def test_channel_weights_behind_spatial_statistics_without_mean_are_left() -> None:
+    """Filter response normalisation: γ is not along what is normalised."""
+
+    def build(n: Spelling, x: str) -> str:
+        return n.affine(n.node("Div", x, n.root(x, 2, 3)), D, 1, 1)
+
+    (form,), _ = forms_of(built(build, IMAGE))
+    assert (form.kind, form.weight, form.bias) == ("rms_norm", None, None)
+
+
+# ---- readers inside -------------------------------------------------------------------------------------
+
+
+def _observed(name: str) -> Build:
+    """Somebody else reads a tensor between x and y."""
+
+    def build(n: Spelling, x: str) -> str:
+        mean = n.mean(x)
+        z = n.node("Sub", x, mean)
+        root = n.root(z)
+        normed = n.node("Div", z, root)
+        scaled = n.node("Mul", normed, n.gamma())
+        inner = {"mean": mean, "z": z, "root": root, "normed": normed, "scaled": scaled}[name]
+        n.outputs.append(onnx.ValueInfoProto(name=n.node("Tanh", inner)))
+        return str(n.node("Add", scaled, n.beta()))
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["mean", "z", "root", "normed", "scaled"])
+def test_readers_inside_are_named(name: str) -> None:
+    model = built(_observed(name))
+    (form,), graph = forms_of(model)
+    (reader,) = [node.input[0] for node in model.graph.node if node.op_type == "Tanh"]
+    assert [tensor.name for tensor in form.observed] == [reader]
+    assert form.weight is not None
+    assert form.bias is not None
+    check(form, graph, model)
+
+
+def test_an_inner_tensor_that_is_a_graph_output_is_observed() -> None:
+    model = built(_pytorch)
+    name = next(node.output[0] for node in model.graph.node if node.op_type == "Sub")
+    model.graph.output.append(onnx.ValueInfoProto(name=name))
+    (form,), _ = forms_of(model)
+    assert [tensor.name for tensor in form.observed] == [name]
+
+
+def _twins(n: Spelling, x: str) -> str:
+    """Two LayerNorms of one x, whose statistics were found to be the same."""
+    normed = _without_affine(n, x)
+    return str(n.node("Mul", n.affine(normed), n.node("Tanh", n.affine(normed))))
+
+
+def test_two_norms_may_share_their_statistics() -> None:
+    model = built(_twins)
+    (first, second), graph = forms_of(model)
+    assert first.x is second.x
+    assert first.weight is not second.weight
+    assert [op.kind for op in first.shares] == [
+        "reduce_mean",
+        "sub",
+        "pow",
+        "reduce_mean",
+        "add",
+        "sqrt",
+        "div",
+    ]
+    assert first.shares == second.shares
+    assert first.observed == second.observed == ()
+    check(first, graph, model)
+    check(second, graph, model)
+
+
+def test_x_that_others_read_in_the_wide_type_is_the_wide_one() -> None:
+    """The cast is not the norm's."""
+
+    def build(n: Spelling, x: str) -> str:
+        wide = n.cast(x, np.float32)
+        n.dtype = np.dtype(np.float32)
+        n.outputs.append(onnx.ValueInfoProto(name=n.node("Tanh", wide)))
+        return n.cast(_pytorch(n, wide), np.float16)
+
+    model = built(build, dtype=np.float16)
+    (form,), _ = forms_of(model)
+    assert form.x.dtype == np.float32
+    assert form.observed == ()
+
+
+def test_settings_that_a_caller_may_replace_are_named() -> None:
+    model = built(_pytorch)
+    for tensor in model.graph.initializer:
+        shape = list(tensor.dims)
+        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, shape))
+    (form,), _ = forms_of(model)
+    assert len(form.assumed) == 2  # the exponent and ε; γ and β are named as such
+    assert form.weight is not None
+    assert form.weight.overridable
+
+
+def test_a_norm_in_a_body_reads_from_outside() -> None:
+    inner = Spelling(prefix="then_", seed=1)
+    inner.output(inner.node("Identity", _pytorch(inner, "x")), None)
+    other = Spelling(prefix="else_")
+    other.output(other.node("Neg", "x"), None)
+    net = Spelling()
+    net.input(SHAPE, "x")
+    condition = net.input([], "condition", np.bool_)
+    y = net.node("If", condition, then_branch=inner.graph(), else_branch=other.graph())
+    net.outputs.append(onnx.ValueInfoProto(name=y))
+    (form,), _ = forms_of(net.model())
+    assert form.x.name == "x"
+    assert form.ops[-1].scope.path
+
+
+# ---- PyTorch ------------------------------------------------------------------------------------------
+
+
+class Homemade(nn.Module):
+    """A norm under a name that says nothing."""
+
+    def __init__(self, function: Callable[..., Tensor], shape: tuple[int, ...] = (D,)) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weight = nn.Parameter(torch.randn(shape, generator=generator) + 0.3)
+        self.bias = nn.Parameter(torch.randn(shape, generator=generator))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.foo = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.foo(x * 1.0)) + 1
+
+
+def _torch_variance(m: Homemade, x: Tensor) -> Tensor:
+    z = x - x.mean(-1, keepdim=True)
+    return z / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + EPS) * m.weight + m.bias
+
+
+def _torch_moments(m: Homemade, x: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, -1, keepdim=True, correction=0)
+    return (x - mean) * torch.rsqrt(variance + EPS) * m.weight + m.bias
+
+
+def _torch_std(m: Homemade, x: Tensor) -> Tensor:
+    return m.weight * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + EPS) + m.bias
+
+
+def _torch_std_mean(m: Homemade, x: Tensor) -> Tensor:
+    std, mean = torch.std_mean(x, -1, keepdim=True)
+    return (x - mean) / (std + EPS)
+
+
+def _torch_square(m: Homemade, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * m.weight
+
+
+def _torch_sum(m: Homemade, x: Tensor) -> Tensor:
+    return x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + EPS) ** 0.5 * m.weight
+
+
+def _torch_gemma(m: Homemade, x: Tensor) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return (normed * (1.0 + m.weight.float())).type_as(x)
+
+
+def _torch_llama(m: Homemade, x: Tensor) -> Tensor:
+    wide = x.to(torch.float32)
+    return m.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def _torch_t5(m: Homemade, x: Tensor) -> Tensor:
+    """x itself is not cast; the product is wide."""
+    variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+    return m.weight * (x * torch.rsqrt(variance + EPS)).to(m.weight.dtype)
+
+
+def _torch_normalize(m: Homemade, x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1, eps=EPS)
+
+
+def _torch_scale(m: Homemade, x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1, eps=EPS) * sqrt(D) * m.weight
+
+
+def _torch_group(m: Homemade, x: Tensor) -> Tensor:
+    """The GroupNorm of the paper, whose variance is that of tf.nn.moments; torch's own default is another."""
+    n, c, h, w = x.shape
+    x = x.view(n, 3, c // 3 * h * w)
+    mean, variance = x.mean(2, keepdim=True), x.var(2, keepdim=True)
+    x = (x - mean) / (variance + EPS).sqrt()
+    return x.view(n, c, h, w) * m.weight + m.bias
+
+
+def _torch_channels_first(m: Homemade, x: Tensor) -> Tensor:
+    """ConvNeXt's LayerNorm2d."""
+    mean = x.mean(1, keepdim=True)
+    variance = (x - mean).pow(2).mean(1, keepdim=True)
+    x = (x - mean) / torch.sqrt(variance + EPS)
+    return m.weight[:, None, None] * x + m.bias[:, None, None]
+
+
+def _torch_in_place(m: Homemade, x: Tensor) -> Tensor:
+    """Only what was made here is changed in place."""
+    y = x - x.mean(-1, keepdim=True)
+    y = y / (y.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+    return y.mul_(m.weight).add_(m.bias)
+
+
+WIDE = {"compute_dtype": np.float32}
+
+TORCH = {
+    "var": (_torch_variance, "layer_norm", (2,), "γβ", {}),
+    "var-mean": (_torch_moments, "layer_norm", (2,), "γβ", {}),
+    "std": (_torch_std, "layer_norm", (2,), "γβ", {"unbiased": True, "eps_mode": "outside"}),
+    "std-mean": (_torch_std_mean, "layer_norm", (2,), "", {"unbiased": True, "eps_mode": "outside"}),
+    "square": (_torch_square, "rms_norm", (2,), "γ", {}),
+    "sum": (_torch_sum, "rms_norm", (2,), "γ", {}),
+    "gemma": (_torch_gemma, "rms_norm", (2,), "γ", {"weight_offset": 1.0}),
+    "gemma-half": (
+        _torch_gemma,
+        "rms_norm",
+        (2,),
+        "γ",
+        {"weight_offset": 1.0, "cast_before_weight": False, **WIDE},
+    ),
+    "llama-half": (_torch_llama, "rms_norm", (2,), "γ", {"cast_before_weight": True, **WIDE}),
+    "t5-half": (_torch_t5, "rms_norm", (2,), "γ", {"cast_before_weight": True, **WIDE}),
+    "normalize": (_torch_normalize, "lp_norm", (2,), "", {"eps_mode": "max"}),
+    "scale": (_torch_scale, "rms_norm", (2,), "γ", {"eps_mode": "max"}),
+    "group": (_torch_group, "group_norm", (1, 2, 3), "γβ", {"groups": 3, "unbiased": True}),
+    "channels-first": (_torch_channels_first, "layer_norm", (1,), "γβ", {}),
+    "in-place": (_torch_in_place, "layer_norm", (2,), "γβ", {}),
+}
+
+
+def scanned(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
+    return normtool.scan(model, (x,)).norms
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_module_of_any_name(name: str) -> None:
+    function, kind, axes, affine, expected = TORCH[name]
+    shape = IMAGE if name in ("group", "channels-first") else SHAPE
+    inner = Homemade(function, (1, D, 1, 1) if name == "group" else (D,))
+    dtype = torch.float16 if name.endswith("half") else torch.float32
+    model = Around(inner).to(dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) * 0.5 + 0.7
+    graph = normtool.load(model, (x,)).graph
+    (found,) = find_norms(graph)
+    assert (found.name, found.kind, found.evidence, found.axes) == ("foo", kind, "pattern", axes)
+    assert scanned(model, x)[0].learnable == D * len(affine)
+    form = found.form
+    assert form is not None
+    assert facts(form) == expected
+    with torch.no_grad():
+        y = inner(x * 1.0).numpy()
+    weights = [arrays(graph, tensor) for tensor in (form.weight, form.bias)]
+    error = np.abs(defined(form, x.numpy(), *weights) - y).max() / np.abs(y).max()
+    assert error < (5e-3 if dtype is torch.float16 else 1e-5)
+
+
+def test_one_module_called_twice_is_one_norm() -> None:
+    class Twice(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.foo(torch.relu(self.foo(x)))  # type: ignore[no-any-return]
+
+    (norm,) = scanned(Twice(Homemade(_torch_variance)), torch.randn(SHAPE))
+    assert (norm.name, norm.calls, norm.learnable, norm.norm.evidence) == ("foo", 2, 2 * D, "pattern")
+    plan = normtool.plan(Twice(Homemade(_torch_variance)), (torch.randn(SHAPE),))
+    assert [site.norm.name for site in plan.sites] == ["foo", "foo@1"]
+    assert {reason.code for site in plan.sites for reason in site.reasons} == {"data_dependent"}
+
+
+def test_a_norm_in_the_code_of_a_larger_module_goes_by_its_last_op() -> None:
+    (norm,) = scanned(Around(Homemade(lambda m, x: torch.tanh(_torch_variance(m, x)))), torch.randn(SHAPE))
+    assert (norm.name, norm.norm.evidence, norm.learnable) == ("foo.add_1", "pattern", 2 * D)
+
+
+def test_a_class_that_says_so_is_counted_once() -> None:
+    class MyRMSNorm(Homemade):
+        pass
+
+    (norm,) = scanned(Around(MyRMSNorm(_torch_square)), torch.randn(SHAPE))
+    assert (norm.name, norm.norm.kind, norm.norm.evidence) == ("foo", "rms_norm", "probe")
+    assert norm.norm.form is not None
+
+
+def test_x_changed_in_place_meanwhile_is_no_norm() -> None:
+    def function(m: Homemade, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        x.add_(1)
+        z = x - mean
+        return z / torch.sqrt(z.pow(2).mean(-1, keepdim=True) + EPS)
+
+    assert all(
+        norm.norm.kind != "layer_norm" for norm in scanned(Around(Homemade(function)), torch.randn(SHAPE))
+    )
+
+
+# ---- scan ---------------------------------------------------------------------------------------------
+
+
+def test_scan_says_what_it_has_found() -> None:
+    (norm,) = normtool.scan(built(_gemma, dtype=np.float16)).to_dict()["norms"]
+    assert (norm["kind"], norm["evidence"], norm["axes"]) == ("rms_norm", "pattern", [2])
+    assert norm["eps"] == EPS
+    assert norm["spelling"] == "spelled out"
+    assert norm["form"].pop("ops")[-1] == norm["name"]
+    assert norm["form"] == {
+        "weight": True,
+        "bias": False,
+        "offset": 1.0,
+        "gain": 1.0,
+        "eps_mode": "inside",
+        "unbiased": False,
+        "compute_dtype": "float32",
+        "cast_back": "after_weight",
+        "groups": None,
+        "p": 2,
+    }
+
+
+def test_an_operator_has_no_form() -> None:
+    (norm,) = normtool.scan(built(lambda n, x: n.node("LayerNormalization", x, n.gamma()))).to_dict()["norms"]
+    assert (norm["evidence"], norm["form"]) == ("op", None)
+
+
+def test_an_instance_norm_inside_a_group_norm_is_not_counted_again() -> None:
+    scan = normtool.scan(built(_group_norm_of_torch(3), IMAGE))
+    assert [(norm.norm.kind, norm.learnable) for norm in scan.norms] == [("group_norm", 2 * D)]
+
+
+def test_fold_keeps_what_is_spelled_out() -> None:
+    (site,) = normtool.plan(built(_pytorch)).sites
+    assert (site.verdict, [reason.code for reason in site.reasons]) == ("kept", ["data_dependent"])
+
+
+# ---- operators ------------------------------------------------------------------------------------------
+
+
+def test_operators_have_forms_too() -> None:
+    def build(n: Spelling, x: str) -> str:
+        y, mean = n.node("LayerNormalization", x, n.gamma(), n.beta(), outputs=["a", "b"], epsilon=EPS)
+        n.outputs.append(onnx.ValueInfoProto(name=n.node("Tanh", mean)))
+        return str(y)
+
+    model = built(build)
+    (form,), graph = forms_of(model)
+    assert (form.kind, form.axes, form.eps, form.is_native) == ("layer_norm", (2,), EPS, True)
+    assert [tensor.name for tensor in form.observed] == ["b"]
+    check(form, graph, model)
+
+
+def test_a_graph_without_norms_is_searched_in_no_time() -> None:
+    net = Spelling()
+    x = net.input(SHAPE)
+    one = net.value(1)
+    for i in range(5000):
+        x = net.node(("Add", "Mul", "Sub", "Relu")[i % 4], *((x, one) if i % 4 < 3 else (x,)))
+    net.output(x)
+    graph = read_proto(net.model()).graph
+    start = perf_counter()
+    assert norm_forms(graph) == []
+    assert perf_counter() - start < 0.1

@@ -133,7 +133,7 @@ class MomentReader:
     # ---- S --------------------------------------------------------------------------------------
 
     def _squares(self, op: Op, made: Tensor) -> list[Moment]:
-        if op.kind in ("var", "var_mean") and made is self.graph.outputs(op).get("var"):
+        if op.kind == "var" or (op.kind == "var_mean" and made is self.graph.outputs(op).get("var")):
             return list(self.variance(op))
         if op.kind in ("reduce_mean", "reduce_sum", "reduce_sum_square", "global_average_pool"):
             return list(self._mean_of_squares(op))

@@ -68,6 +68,20 @@ class Reading:
             return shape is not None and all(isinstance(n, int) for n in shape)
         return all(self.stored(each, depth + 1) for each in inputs.values())
 
+    def is_data(self, tensor: Tensor) -> bool:
+        """Does anything that flows through the model go into it? A norm of a weight is none of the model's."""
+        pending, seen = [tensor], {tensor}
+        while pending and len(seen) <= _FEW:
+            each = pending.pop()
+            op = self.graph.producer(each)
+            if each.value is None and (op is None or not self.graph.inputs(op)):
+                return True
+            if each.value is None and op is not None:
+                before = [t for t in self.graph.inputs(op).values() if t not in seen]
+                seen.update(before)
+                pending += before
+        return bool(pending)
+
     def number(self, tensor: Tensor) -> float | None:
         """The one number that a constant holds; None for a weight, even a weight of one element."""
         if tensor not in self._numbers:

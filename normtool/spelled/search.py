@@ -42,7 +42,7 @@ class Search:
 
     def _around(self, op: Op) -> list[NormForm]:
         for moment, label in self._moments(op):
-            if self.reading.stored(moment.x) or any(each.scope != op.scope for each in moment.ops):
+            if not self.reading.is_data(moment.x) or any(each.scope != op.scope for each in moment.ops):
                 continue
             y = self.graph.outputs(op).get("std" if op.kind == "std_mean" else "y")
             if y is None:
@@ -96,7 +96,12 @@ class Search:
 
     def _form(self, spread: Spread, end: End) -> NormForm | None:
         facts = self._facts(spread.moment, end.label)
-        if facts is None or self._disturbed(end) or not self._keeps_shape(spread.moment.x, end.y):
+        if (
+            facts is None
+            or self._is_of_batch(spread, facts[0])
+            or self._disturbed(end)
+            or not self._keeps_shape(spread.moment.x, end.y)
+        ):
             return None
         kind, eps, gain, unbiased = facts
         x, casts = self._entry(end)
@@ -248,6 +253,11 @@ class Search:
         return made.dtype.itemsize >= source.dtype.itemsize
 
     # ---- what speaks against it ---------------------------------------------------------------------
+
+    def _is_of_batch(self, spread: Spread, kind: str) -> bool:
+        """Over axis 0 and not over every axis: a BatchNorm in training, which is no such norm."""
+        axes = spread.moment.axes
+        return kind != "lp_norm" and 0 in axes and (spread.rank is None or len(axes) < spread.rank)
 
     def _keeps_shape(self, x: Tensor, y: Tensor) -> bool:
         if x.shape is None or y.shape is None:

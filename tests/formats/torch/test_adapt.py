@@ -298,7 +298,43 @@ CASES = {
     "mean-of-no-axes": Case(
         lambda m, x: x.mean((), True), "reduce_mean", {"axes": [0, 1, 2, 3], "keepdims": 1}
     ),
+    "sum": Case(lambda m, x: x.sum(), "reduce_sum", {"axes": [0, 1, 2, 3], "keepdims": 0}),
+    "sum-of-axes": Case(lambda m, x: x.sum((2, -1)), "reduce_sum", {"axes": [2, -1], "keepdims": 0}),
+    "length": Case(lambda m, x: torch.linalg.vector_norm(x, dim=1), "reduce_l2", {"axes": [1], "keepdims": 0}),
+    "length-by-norm": Case(
+        lambda m, x: torch.ops.aten.norm.ScalarOpt_dim(x, 2, [1], True),
+        "reduce_l2",
+        {"axes": [1], "keepdims": 1},
+    ),
+    "length-by-linalg-norm": Case(
+        lambda m, x: torch.linalg.norm(x, dim=-1, keepdim=True), "reduce_l2", {"axes": [-1], "keepdims": 1}
+    ),
+    "sum-of-magnitudes": Case(
+        lambda m, x: torch.linalg.vector_norm(x, 1, dim=1), "reduce_l1", {"axes": [1], "keepdims": 0}
+    ),
+    "variance": Case(lambda m, x: x.var(), "var", {"axes": [0, 1, 2, 3], "keepdims": 0, "correction": 1}),
+    "variance-biased": Case(
+        lambda m, x: x.var(-1, unbiased=False), "var", {"axes": [-1], "keepdims": 0, "correction": 0}
+    ),
+    "variance-corrected": Case(
+        lambda m, x: x.var(1, correction=2, keepdim=True), "var", {"axes": [1], "keepdims": 1, "correction": 2}
+    ),
+    "deviation": Case(
+        lambda m, x: x.std((1, 2), keepdim=True), "std", {"axes": [1, 2], "keepdims": 1, "correction": 1}
+    ),
+    "variance-and-mean": Case(
+        lambda m, x: torch.var_mean(x, -1, unbiased=False)[0],
+        "var_mean",
+        {"axes": [-1], "keepdims": 0, "correction": 0},
+    ),
+    "deviation-and-mean": Case(
+        lambda m, x: torch.std_mean(x, 1)[0], "std_mean", {"axes": [1], "keepdims": 0, "correction": 1}
+    ),
+    "square": Case(lambda m, x: x.square(), "pow", {"exponent": 2}, in_onnx=False),
     # ---- shapes
+    "expand-as": Case(
+        lambda m, x: x[:1].expand_as(x), "expand", {"shape": [3, 4, 5, 6]}, slots=("x", "other"), in_onnx=False
+    ),
     "flatten": Case(lambda m, x: x.flatten(1), "reshape", reshaped(3, 120), opened={"shape": [-1, 120]}),
     "flatten-two": Case(
         lambda m, x: x.flatten(-3, 2), "reshape", reshaped(3, 20, 6), opened={"shape": [-1, 20, 6]}
@@ -615,6 +651,37 @@ def test_reshape_to_two_open_lengths_states_none():
     assert op.kind == "reshape"
     assert "shape" not in op.attributes
     assert [type(length) for length in graph.output(op).shape] == [str, int, str]
+
+
+class AsksForTheShape(nn.Module):
+    """`how` reads the norm's output for its shape or dtype alone."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.before, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.beside, self.behind = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1)
+        self.how = how
+
+    def forward(self, x):
+        normed = self.norm(torch.relu(self.before(x)))
+        return self.behind(normed), self.how(self.beside(x), normed)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(lambda x, like: x.type_as(like), id="type_as"),
+        pytest.param(lambda x, like: x.mean((2, 3), keepdim=True).expand_as(like), id="expand_as"),
+        pytest.param(lambda x, like: x.view_as(like), id="view_as"),
+    ],
+)
+def test_who_asks_for_shape_or_dtype_sees_no_fold(how):
+    model = AsksForTheShape(how).eval()
+    with torch.no_grad():
+        model.norm.running_mean.uniform_(-1, 1)
+        model.norm.bias.uniform_(-1, 1)
+    (site,) = normtool.plan(model, (torch.randn(2, 3, 4, 5),)).sites
+    assert site.verdict == "folded"
 
 
 # ---- every tensor has a shape -------------------------------------------------------------------------
