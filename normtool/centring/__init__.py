@@ -2,5 +2,5 @@
 
 `places` says where a mean is taken, `rows` what a Centre meets on its way, `facts` which tensors can be
 centred and where a Centre op has to help out, `targets` how the result is spelled, `proof` shows that it is
-right. `normtool.swap` makes the plan.
+right. `swapping` makes the plan.
 """

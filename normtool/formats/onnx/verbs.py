@@ -56,7 +56,7 @@ def prepared(opened: OnnxModel, options: SwapOptions) -> tuple[OnnxModel, OnnxMo
 
 
 def make_swap_plan(opened: OnnxModel, options: SwapOptions, progress: Progress) -> Plan:
-    from normtool.swap import plan_swap  # only `swap` pays for it
+    from normtool.swapping import plan_swap  # only `swap` pays for it
 
     return plan_swap(opened.graph, opened.fingerprint, options, progress)
 

@@ -73,7 +73,7 @@ def prepared(opened: TorchModel, options: SwapOptions) -> tuple[TorchModel, Torc
 
 
 def make_swap_plan(opened: TorchModel, options: SwapOptions, progress: Progress) -> Plan:
-    from normtool.swap import plan_swap
+    from normtool.swapping import plan_swap
 
     if opened.module is None:
         return plan_swap(opened.graph, opened.fingerprint, options, progress)
