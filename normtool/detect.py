@@ -112,7 +112,7 @@ def _module_of(graph: ModelGraph, path: str, forms: list[NormForm]) -> NormModul
     return NormModule(
         name=path,
         kind=form.kind,
-        spelling=form.spelling,
+        spelling=graph.owner_classes.get(path, form.spelling),
         evidence="pattern",
         learnable=_weights(form),
         axes=form.axes,

@@ -151,6 +151,8 @@ class ModelGraph:
         self.norm_modules: list[NormModule] = []
         #: a user's module makes the calls: an op takes other numbers, and only a whole norm can be taken out
         self.called_by_code = False
+        #: path of an op's owner → its class, where there are modules
+        self.owner_classes: dict[str, str] = {}
         #: why nothing is known of what reads what ("" where it is); then no rewrite is possible
         self.no_dataflow = ""
         #: (code, message, where) of everything the reader noticed and could live with

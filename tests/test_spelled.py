@@ -1096,7 +1096,8 @@ def test_module_of_any_name(name: str) -> None:
     graph = normtool.load(model, (x,)).graph
     (found,) = find_norms(graph)
     assert (found.name, found.kind, found.evidence, found.axes) == ("foo", kind, "pattern", axes)
-    assert scanned(model, x)[0].learnable == D * len(affine)
+    (counted,) = scanned(model, x)
+    assert (counted.spelling, counted.learnable) == ("Homemade", D * len(affine))
     form = found.form
     assert form is not None
     assert facts(form) == expected

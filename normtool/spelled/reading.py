@@ -71,7 +71,7 @@ class Reading:
     def is_data(self, tensor: Tensor) -> bool:
         """Does anything that flows through the model go into it? A norm of a weight is none of the model's."""
         pending, seen = [tensor], {tensor}
-        while pending and len(seen) <= _FEW:
+        while pending and len(seen) <= _MAX_DEPTH:
             each = pending.pop()
             op = self.graph.producer(each)
             if each.value is None and (op is None or not self.graph.inputs(op)):
@@ -89,7 +89,7 @@ class Reading:
         return self._numbers[tensor]
 
     def _number(self, tensor: Tensor) -> float | None:
-        if tensor.written or not self._is_small(tensor) or not self.stored(tensor):
+        if tensor.written or not self.stored(tensor) or not self._is_small(tensor):
             return None
         if tensor.value is not None and tensor.stored_elements is None:
             value = tensor.value  # a caller may pass another: see NormForm.assumed

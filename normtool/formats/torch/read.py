@@ -239,8 +239,11 @@ class _Builder:
         stack = node.meta.get("nn_module_stack") or {}
         if not stack:
             return "", 0
-        key, (path, _) = list(stack.items())[-1]
+        key, (path, kind) = list(stack.items())[-1]
         first = self.paths.get(path, path)
+        if first not in self.graph.owner_classes:
+            name = kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+            self.graph.owner_classes[first] = name
         # not the number in the key: the exporter counts each name of a module for itself
         calls = self.calls[first]
         if key not in calls:

@@ -332,8 +332,8 @@ CASES = {
     ),
     "square": Case(lambda m, x: x.square(), "pow", {"exponent": 2}, in_onnx=False),
     # ---- shapes
-    "expand-as": Case(
-        lambda m, x: x[:1].expand_as(x), "expand", {"shape": [3, 4, 5, 6]}, slots=("x", "other"), in_onnx=False
+    "expand": Case(
+        lambda m, x: x[:, :1].expand(-1, 4, 5, 6), "expand", {"shape": [-1, 4, 5, 6]}, in_onnx=False
     ),
     "flatten": Case(lambda m, x: x.flatten(1), "reshape", reshaped(3, 120), opened={"shape": [-1, 120]}),
     "flatten-two": Case(
@@ -651,6 +651,17 @@ def test_reshape_to_two_open_lengths_states_none():
     assert op.kind == "reshape"
     assert "shape" not in op.attributes
     assert [type(length) for length in graph.output(op).shape] == [str, int, str]
+
+
+def test_expand_as_says_the_shape_it_takes():
+    graph, op = last_op(exported(lambda m, x: x[:, :1].expand_as(x), example("image")))
+    assert (op.kind, op.attributes, set(graph.inputs(op))) == (
+        "expand",
+        {"shape": [3, 4, 5, 6]},
+        {"x", "other"},
+    )
+    _, op = last_op(exported(lambda m, x: x[:, :1].expand_as(x), example("image"), open_batch=True))
+    assert (op.kind, op.attributes) == ("expand", {})
 
 
 class AsksForTheShape(nn.Module):
