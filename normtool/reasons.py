@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+APPROXIMATED = "approximated"
 FOLDED = "folded"
 KEPT = "kept"
 LOWERED = "lowered"
@@ -51,6 +52,13 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "output without its "
         "mean, or have taken γ and β. `centring` says how many Centre ops were put in (`free`: none).",
         "Nothing. Reasons beside it say why its β has stayed as an Add.",
+    ),
+    "approximated": (
+        "The LayerNorm is an RMSNorm now, though nothing takes the mean out of what it reads: it no longer "
+        "computes the same. `drift` says by how much (relative L2, of the norm without β): predicted from ρ, the "
+        "mean of its input over its standard deviation, and measured.",
+        "Look at the largest drift, and at what the outputs moved by; `--except` keeps a norm, `--calibrate "
+        "FILE.npz` fits its γ and β to data. docs/approximate.md has the formula.",
     ),
     "kept": (
         "The norm is exactly where it was. Every reason is listed beside it.",
@@ -199,6 +207,16 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
     "second_moment_differs": (
         "The LayerNorm's denominator is not √(mean((x − mean)²) + ε): an RMSNorm computes something else.",
         "Nothing: the two differ.",
+    ),
+    "not_measured": (
+        "Nothing could be learnt of what the LayerNorm reads, so nobody knows how far it would drift without its "
+        "mean: it lies in the body of an If, Loop or Scan, or the data has no finite row for it.",
+        "Give other data with `--calibrate FILE.npz`, or keep the norm.",
+    ),
+    "flat_rows": (
+        "Some rows that the LayerNorm reads are one number all along (padding, most often). It makes 0 of them, "
+        "and β is what is left; an RMSNorm makes ±1. No γ and β can mend both, so they take no part in a fit.",
+        "Where something masks those rows afterwards, nothing; else keep the norm with `--except`.",
     ),
     # ---- what the reader notices (diagnostics)
     "checker": (

@@ -9,10 +9,12 @@ is made again without it:
 1. constant scales that stand between a sum and its writers (LayerScale) go into the writers;
 2. a LayerNorm of nothing but rows of a table goes into the table;
 3. γ and β of norms that will be swapped go forward into what reads them;
-4. writers take the Centre in, Centre ops are put where the cut says, norms become RMSNorms.
+4. writers take the Centre in, Centre ops are put where the cut says, norms become RMSNorms;
+5. in mode `approximate`, those norms too that nothing centres (`drops`; `approximate` says at which cost). What
+   is proved of them is that they compute the same where there is no mean.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 
 from normtool.centring import targets
 from normtool.centring.facts import Centre, Centring, Fact, Facts, Solution, Writer
-from normtool.centring.proof import CentreStep, NormStep, OpStep, Step, TableStep, prove
+from normtool.centring.proof import CentreStep, NormStep, OpStep, Relation, Step, TableStep, prove
 from normtool.centring.steps import Before
 from normtool.centring.values import Centred, RowWise, zeros_like
 from normtool.constants import Constants
@@ -34,28 +36,59 @@ from normtool.options import FoldOptions, SwapOptions
 from normtool.planner import Fold, Path, Plan, Planner, Progress, Review, Site
 from normtool.proof import prove as prove_fold
 from normtool.proof import region_of
-from normtool.reasons import FOLDED, KEPT, SWAPPED, Reason
+from normtool.reasons import APPROXIMATED, FOLDED, KEPT, SWAPPED, Reason
 from normtool.rules.carriers import refusal
-from normtool.values import Array, Rounded, Value, byte_count, exact_array, is_float
+from normtool.values import Array, Rounded, Value, byte_count, element_count, exact_array, is_float
 from normtool.walk import Stopped
 
 #: A norm goes into a table that others read too (a tied head) only where the copy is at most this share of the
 #: model.
 TABLE_SHARE = 0.05
 
-#: Modes that keep the function.
-EXACT, CENTRE = "exact", "centre"
+#: Modes; the last does not keep the function.
+EXACT, CENTRE, APPROXIMATE = "exact", "centre", "approximate"
 
 
 @dataclass(frozen=True, eq=False)
 class SwapFold(Fold):
-    """One change of a swap; `named` says where things went."""
+    """One change of a swap; `named` says where things went.
+
+    `back` = (s, t) of a norm: s·y′ + t is what stands for y, where γ and β have left it.
+    """
 
     named: tuple[str, ...] = ()
+    back: tuple[Array, Array] | None = None
 
     @property
     def into(self) -> tuple[str, ...]:
         return self.named
+
+
+@dataclass(frozen=True, eq=False)
+class Drop:
+    """A LayerNorm that becomes an RMSNorm though nothing centres what it reads.
+
+    `fit` = (a, b), numbers for each channel: γ·a and β + γ·b take the place of γ and β.
+    """
+
+    fit: tuple[Array, Array] | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    reasons: tuple[Reason, ...] = ()
+
+
+#: Norms to drop, by the number of their site.
+Drops = Mapping[int, Drop]
+
+
+@dataclass(frozen=True, eq=False)
+class SwapPlan(Plan):
+    """`kept_forms`: LayerNorms that nothing but their mean keeps from being swapped, by number of their site.
+
+    `dropped_forms`: those that are swapped all the same.
+    """
+
+    kept_forms: Mapping[int, NormForm] = field(default_factory=dict)
+    dropped_forms: Mapping[int, NormForm] = field(default_factory=dict)
 
 
 def plan_swap(
@@ -64,16 +97,17 @@ def plan_swap(
     options: SwapOptions | None = None,
     progress: Progress = lambda done, total: None,
     review: Review = lambda folds: {},
-) -> Plan:
+    drops: Drops | None = None,
+) -> SwapPlan:
     """Decide for every LayerNorm of `graph` whether it becomes an RMSNorm, and prove each change.
 
     `review` and a failing proof take changes back, as for `plan_fold`; the plan is made again until nothing
-    speaks against it.
+    speaks against it. `drops` are swapped without having been centred.
     """
     options = options or SwapOptions()
     against = _Against()
     while True:
-        swapper = _Swapper(graph, options, against)
+        swapper = _Swapper(graph, options, against, drops or {})
         made = swapper.plan(fingerprint, progress)
         refused = dict(review(made.folds)) or {
             fold.path: fold.proof.failures for fold in made.folds if fold.proof and fold.proof.failures
@@ -114,9 +148,10 @@ class _Against:
 class _Swapper:
     """One pass over all norms."""
 
-    def __init__(self, graph: ModelGraph, options: SwapOptions, against: _Against) -> None:
+    def __init__(self, graph: ModelGraph, options: SwapOptions, against: _Against, drops: Drops) -> None:
         self.original = graph
         self.options = options
+        self.drops = drops
         self.against = against
         self.planner = Planner(graph, FoldOptions(freeze=options.freeze), against.folds)
         self.draft, self.constants = self.planner.graph, self.planner.constants
@@ -130,8 +165,12 @@ class _Swapper:
         #: why β could not move, and what did
         self.unmoved: dict[NormForm, tuple[Reason, ...]] = {}
         self.moved: dict[NormForm, Fold] = {}
+        #: norms that are swapped without having been centred
+        self.dropped: dict[NormForm, Drop] = {}
+        #: γ and β by other numbers, flat, before anything moves
+        self.fitted: dict[NormForm, tuple[Array, Array]] = {}
 
-    def plan(self, fingerprint: str, progress: Progress) -> Plan:
+    def plan(self, fingerprint: str, progress: Progress) -> SwapPlan:
         norms = find_norms(self.original, Constants(self.original, self.options.freeze))
         self.options.check(norm.name for norm in norms)
         forms = norm_forms(self.original, Constants(self.original, self.options.freeze))
@@ -140,33 +179,47 @@ class _Swapper:
         of_norm = {norm: _form_of(norm, by_ops) for norm in norms}
         kept = {norm: reasons for norm in norms if (reasons := self._obstacles(norm, of_norm[norm]))}
         chosen = [form for norm, form in of_norm.items() if norm not in kept and form is not None]
-        tables = {form: fold for form in chosen if (fold := self._into_table(form)) is not None}
-        rest = [form for form in chosen if form not in tables]
-        if tables:  # what such a norm put out is no norm's any more, and whoever read that may read what it read
+        numbers = {form: number for number, norm in enumerate(norms) if (form := of_norm[norm]) is not None}
+        self.dropped = {form: self.drops[numbers[form]] for form in chosen if numbers[form] in self.drops}
+        rest = [form for form in chosen if form not in self.dropped]
+        tables = {form: fold for form in rest if (fold := self._into_table(form)) is not None}
+        rest = [form for form in rest if form not in tables]
+        if (
+            tables
+        ):  # what such a norm put out is no norm's any more, and whoever read that may read what it read
             self.now = {form: self._as_it_is(form) for form in forms if form not in tables}
         facts, solution, unknown = self._solved(rest)
         while self._scales_moved(facts):
             facts, solution, unknown = self._solved(rest)
+        self._refit()
         if not self.options.keep_affine:
-            self._strip(form for form in rest if form in solution.swapped)
+            self._strip([*(form for form in rest if form in solution.swapped), *self.dropped])
             facts, solution, unknown = self._solved(rest)
-        done = self._carried_out(facts, solution)
+        without = {form: _uncentred(facts.wanted(self.now[form])) for form in self.dropped}
+        done = self._carried_out(facts, replace(solution, swapped={**solution.swapped, **without}))
         sites = []
         for count, norm in enumerate(norms, 1):
             form = of_norm[norm]
             if form in tables:
                 sites.append(Site(norm, FOLDED, fold=tables[form]))
             elif form in done:
-                sites.append(Site(norm, SWAPPED, self.unmoved.get(form, ()), done[form]))
+                drop = self.dropped.get(form)
+                reasons = (*(drop.reasons if drop else ()), *self.unmoved.get(form, ()))
+                sites.append(Site(norm, APPROXIMATED if drop else SWAPPED, reasons, done[form]))
             else:
                 reasons = kept.get(norm) or solution.kept.get(form) or unknown.get(form, ())  # type: ignore[arg-type]
                 sites.append(Site(norm, KEPT, tuple(reasons)))
             progress(count, len(norms))
-        if not tables and not done:
-            return Plan(tuple(sites), (), fingerprint, self.options.freeze, "swap")
-        return self._proved(
-            Plan(tuple(sites), tuple(self.planner.folds), fingerprint, self.options.freeze, "swap")
+        made = SwapPlan(
+            tuple(sites),
+            tuple(self.planner.folds) if tables or done else (),
+            fingerprint,
+            self.options.freeze,
+            "swap",
+            {numbers[form]: form for form in solution.kept},
+            {numbers[form]: form for form in self.dropped},
         )
+        return self._proved(made) if made.folds else made
 
     # ---- which norms ------------------------------------------------------------------
 
@@ -208,13 +261,27 @@ class _Swapper:
             yield Reason("axis_unknown", f"the dtype of {form.x.name!r} is unknown", name)
 
     def _solved(self, norms: Sequence[NormForm]) -> tuple[Facts, Solution, dict[NormForm, tuple[Reason, ...]]]:
-        """The analysis of the draft as it is: (facts, what to do, norms whose axes are unknown)."""
+        """The analysis of the draft as it is: (facts, what to do, norms whose axes are unknown).
+
+        In mode `approximate` nobody may rely on what a norm that is kept puts out: it will be dropped.
+        """
+        dropped = set(self.dropped)
+        while True:
+            facts, solution, unknown = self._solved_without(norms, dropped)
+            if self.options.mode != APPROXIMATE or dropped.issuperset(solution.kept):
+                return facts, solution, unknown
+            dropped |= set(solution.kept)
+
+    def _solved_without(
+        self, norms: Sequence[NormForm], dropped: Collection[NormForm]
+    ) -> tuple[Facts, Solution, dict[NormForm, tuple[Reason, ...]]]:
         facts = Facts(
             self.constants,
             self.now.values(),
             refused=lambda op, slot: self.against.constants.get((self.draft.origin(op), slot)),
             no_centre=self.against.centres.get,
             model_bytes=self.model_bytes,
+            dropped=[self.now[form] for form in dropped],
         )
         wanted = {form: facts.wanted(self.now[form]) for form in norms}
         unknown: dict[NormForm, tuple[Reason, ...]] = {
@@ -303,9 +370,45 @@ class _Swapper:
                 continue
         return moved
 
+    def _refit(self) -> None:
+        """γ·a and β + γ·b take the place of γ and β, where both are stored as they are; else `_norm_fold` has
+        them."""
+        for form, drop in self.dropped.items():
+            if drop.fit is None:
+                continue
+            a, b = drop.fit
+            gamma = self._gamma(form)
+            self.fitted[form] = fitted = gamma * a, self._beta(form) + gamma * b
+            flat = fitted[0] / form.gain - form.weight_offset, fitted[1]
+            edits = [
+                self._rebound(form, tensor, numbers)
+                for tensor, numbers in zip((form.weight, form.bias), flat, strict=True)
+            ]
+            if all(edits):
+                stored = [edit for edit in edits if edit is not None]
+                self._carry_out(stored)
+                path = tuple(dict.fromkeys(edit.op for edit in stored))
+                self._note(SwapFold(path, (), tuple(stored), ()), form)
+                self.now[form] = self._as_it_is(form)
+                del self.fitted[form]
+
+    def _rebound(self, form: NormForm, tensor: Tensor | None, numbers: Array) -> Rebind | None:
+        """Other numbers for γ or β; None where it is not stored for the norm itself, number by number."""
+        op = self._reader(form, tensor) if tensor is not None else None
+        if tensor is None or op is None or not np.any(form.gain):
+            return None
+        value = self.constants.value(tensor)
+        assert not isinstance(value, Reason)
+        if element_count(value.shape) != numbers.size:
+            return None
+        slot = next(slot for slot, each in self.original.inputs(op).items() if each is tensor)
+        return Rebind(op, slot, Rounded(numbers.reshape(value.shape), value.dtype), f"{op.name}.{slot}")
+
     def _strip(self, norms: Iterable[NormForm]) -> None:
         """γ and β go forward into what reads the norm: a β that stays is an Add, which costs what is gained."""
         for form in norms:
+            if form in self.fitted:
+                continue
             try:
                 self.moved[form], reasons = self.planner.strip_affine(self._tail(form), WITHOUT_BIAS)
             except Stopped as stopped:
@@ -367,8 +470,9 @@ class _Swapper:
                 olds[form],
                 now.x,
                 region_of(self.draft, self.constants, self.draft.grafted[graft]),
-                steps.entering(was.x, centres.get(now.x)),
+                (*steps.entering(was.x, centres.get(now.x)), *_without_mean(how)),
                 steps.leaving(was.y),
+                self._refit_of(form, how),
             )
             around = {op for fact in how.path for op in _ops_beside(self.draft, fact.tensor)}
             self.shown_by[fold.path] = [swapped, *(after[op] for op in after if op in around)]
@@ -402,14 +506,15 @@ class _Swapper:
         assert rank is not None
         assert now.eps is not None
         axes = list(range(how.fact.place.start, how.fact.place.stop))
-        weight = Rounded(self._laid_out(self._gamma(now), how, rank), dtype)
+        gamma, beta = self.fitted.get(form) or (self._gamma(now), self._beta(now))
+        weight = Rounded(self._laid_out(gamma, how, rank), dtype)
         parts = targets.rms_norm(
             now.x, axes, rank, now.eps, dtype, weight, self.options.target or targets.PRIMITIVE
         )
-        kept_beta = now.bias is not None and bool(np.any(self._beta(now)))
+        kept_beta = bool(np.any(beta))
         if kept_beta:
-            beta = Rounded(self._laid_out(self._beta(now), how, rank), dtype)
-            parts.append(Part("add", {"a": len(parts) - 1}, {"b": ("bias", beta)}))
+            shift = Rounded(self._laid_out(beta, how, rank), dtype)
+            parts.append(Part("add", {"a": len(parts) - 1}, {"b": ("bias", shift)}))
         graft = Graft(now.y, tuple(parts))
         self._carry_out([graft])
         writers = tuple(dict.fromkeys(writer.op.name for writer in how.writers))
@@ -423,11 +528,36 @@ class _Swapper:
             "added_ops": int(kept_beta),
         }
         named = (*writers, *(moved.into if moved is not None else ()))
+        drop = self.dropped.get(form)
         fold = SwapFold(
-            now.ops, now.ops, (graft,), (), about={"centring": about}, named=tuple(dict.fromkeys(named))
+            now.ops,
+            now.ops,
+            (graft,),
+            (),
+            about={"centring": about} if drop is None else dict(drop.about),
+            named=tuple(dict.fromkeys(named)),
+            back=None if drop is None else self._way_back(form, drop, gamma, beta),
         )
         self._note(fold, form)
         return fold, graft
+
+    def _refit_of(self, form: NormForm, how: Centring) -> tuple[Array, Array] | None:
+        """What γ and β by other numbers make of y, where the norm did not have them yet."""
+        if form not in self.fitted:
+            return None
+        a, b = self.dropped[form].fit or (np.ones(1), np.zeros(1))
+        c = self._beta(form) + self._gamma(form) * b - a * self._beta(form)
+        rank = self.draft.rank(form.x)
+        assert rank is not None
+        return self._laid_out(a, how, rank), self._laid_out(c, how, rank)
+
+    def _way_back(self, form: NormForm, drop: Drop, gamma: Array, beta: Array) -> tuple[Array, Array]:
+        """(s, t) with which γ and β as they are now give those that the norm is to have: s·γ = γ₀,
+        t = β₀ − s·β."""
+        a, b = drop.fit or (np.ones(1), np.zeros(1))
+        wanted = self._gamma(form) * a
+        s = np.where(gamma == wanted, 1.0, wanted / np.where(gamma == 0, 1.0, gamma))
+        return np.asarray(s), np.asarray(self._beta(form) + self._gamma(form) * b - s * beta)
 
     def _laid_out(self, numbers: Array, how: Centring, rank: int) -> Array:
         """γ or β over the normalised axes, to broadcast against the axes behind them."""
@@ -446,7 +576,7 @@ class _Swapper:
         given_up = tuple(each.ops[-1] if isinstance(each, NormForm) else each for each in what)
         self.subject[fold.path] = (*self.subject.get(fold.path, ()), *given_up)
 
-    def _proved(self, made: Plan) -> Plan:
+    def _proved(self, made: SwapPlan) -> SwapPlan:
         """The plan with a proof of every change."""
         errors: dict[object, float | Reason] = {}
         shown: dict[Fold, Fold] = {}
@@ -469,6 +599,17 @@ def _form_of(norm: Norm, forms: Mapping[tuple[Op, ...], NormForm]) -> NormForm |
     if norm.form is not None:
         return forms.get(norm.form.ops)
     return forms.get((norm.op,)) if norm.op is not None else None
+
+
+def _uncentred(fact: Fact | Reason) -> Centring:
+    """How a norm that is dropped comes to be centred: not at all."""
+    assert isinstance(fact, Fact)
+    return Centring(fact, (), (), (), dropped=True)
+
+
+def _without_mean(how: Centring) -> tuple[Relation, ...]:
+    """What is assumed of the input of a norm that is dropped."""
+    return (Relation(how.fact.place, "held"),) if how.dropped else ()
 
 
 def _ops_beside(graph: ModelGraph, tensor: Tensor) -> list[Op]:

@@ -12,7 +12,7 @@ through is either a Centre that is put in or a norm that is given up. (Picard, "
 1976: project selection.)
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
@@ -82,6 +82,8 @@ class Centring:
     centres: tuple[Fact, ...]
     #: facts on the way, the norm's own first
     path: tuple[Fact, ...]
+    #: it does not: the mean is left out all the same, and the norm no longer computes what it did
+    dropped: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,7 @@ class Facts:
     """The analysis of one state of a graph. Nothing is computed before somebody asks, and nothing twice.
 
     `refused` and `no_centre`: why a constant cannot be changed, or a Centre not be put behind a tensor (a
-    format says so).
+    format says so). `dropped`: norms that will not take a mean away, so that what they put out has one.
     """
 
     def __init__(
@@ -115,12 +117,14 @@ class Facts:
         refused: Callable[[Op, str], Reason | None] = lambda op, slot: None,
         no_centre: Callable[[Tensor], Reason | None] = lambda tensor: None,
         model_bytes: int = 0,
+        dropped: Collection[NormForm] = (),
     ) -> None:
         self.constants = constants
         self.graph: ModelGraph = constants.graph
         self.refused = refused
         self.no_centre = no_centre
         self.model_bytes = model_bytes
+        self.dropped = frozenset(dropped)
         self._norm_at = {op: form for form in forms for op in form.ops}
         self._norm_of = {form.y: form for form in forms}
         self._observers: dict[Fact, Reason | None] = {}
@@ -219,6 +223,9 @@ class Facts:
 
     def _normalised(self, fact: Fact, form: NormForm) -> Source | Blocked:
         """What a LayerNorm puts out has the mean of β, if γ is one number all over."""
+        if form in self.dropped:
+            message = f"the norm {form.y.name!r} no longer takes the mean away"
+            return Blocked(Reason("not_centrable", message, form.y.name))
         if form.kind == "layer_norm" and self.wanted(form) == Fact(form.x, fact.place):
             gamma = self.constants.value(form.weight) if form.weight is not None else None
             if gamma is None or (not isinstance(gamma, Reason) and is_uniform(gamma)):

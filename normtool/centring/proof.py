@@ -72,7 +72,8 @@ class OpStep:
 class NormStep:
     """A norm: the forms between x and y as they were, and those that take their place.
 
-    `read` is what these read, which is in the relations `entering` to x.
+    `read` is what these read, which is in the relations `entering` to x. `refit` = (a, c), over the place: they
+    are to put out a·y + c.
     """
 
     name: str
@@ -83,6 +84,7 @@ class NormStep:
     after: Sequence[tuple[Form, Tensor]] = ()
     entering: tuple[Relation, ...] = ()
     leaving: tuple[Relation, ...] = ()
+    refit: tuple[Array, Array] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +196,9 @@ def _norm_error(step: NormStep) -> float:
     for relation in step.entering:
         old, new = relation.pair(old, new, rng)
     expected, got = _through(step.before, {step.x: old}), _through(step.after, {step.read: new})
+    if step.refit is not None:
+        a, c = step.refit
+        expected = a * expected + c
     difference = got - expected
     for relation in step.leaving:
         difference = relation.error(expected, got)
