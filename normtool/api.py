@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -38,6 +39,9 @@ Model = Any
 
 #: Example inputs. ONNX: name → array. PyTorch: a tensor, a tuple by position, a dict by name; arrays will do.
 Inputs = Any
+
+#: Keys of a lint in the JSON, those of a diagnostic.
+_LINT = ("code", "message", "where")
 
 #: `package.module:callable`
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -87,6 +91,15 @@ class Rewrite(ModelResult):
     def opened(self) -> "OnnxModel | TorchModel":
         return self.rewritten
 
+    @cached_property
+    def lints(self) -> tuple[tuple[str, str, str], ...]:
+        """(code, message, where): what ONNX Runtime makes of the norms of a swapped ONNX model."""
+        if self.plan.verb != "swap" or self.rewritten.format != "onnx":
+            return ()
+        from normtool.lints import lints
+
+        return tuple(lints(self.rewritten.graph))
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON of DESIGN §7."""
         return {
@@ -98,6 +111,7 @@ class Rewrite(ModelResult):
             "validation": None if self.validation is None else self.validation.to_dict(),
             "outputs": list(self.outputs),
             **({} if self.undo is None else {"undo": self.undo}),
+            **({"lints": [dict(zip(_LINT, each, strict=True)) for each in self.lints]} if self.lints else {}),
             **({} if self.benchmark is None else {"benchmark": self.benchmark.to_dict()}),
         }
 
@@ -517,15 +531,17 @@ def convert(
     validate: bool = True,
     seed: int = 0,
     device: str = "cpu",
+    swap: str | None = None,
 ) -> "Conversion":
     """A PyTorch model as ONNX (`target="onnx"`, through torch.onnx.export) or as a program (`"pt2"`).
 
     The model is taken in inference mode, axis 0 of its inputs is left open where it can be. With `fold`,
-    BatchNorms are folded, proved, before the export. `.reconciliation` explains every difference in the counts.
+    BatchNorms are folded, proved, before the export, with `swap` ("exact" or "centre") LayerNorms swapped.
+    `.reconciliation` explains every difference in the counts.
 
     Raises UsageError (no example inputs, not a PyTorch model), RuntimeRefused (an exporter fails).
     """
-    result = make_conversion(load(model, inputs), target, fold, opset)
+    result = make_conversion(load(model, inputs), target, fold, opset, swap=swap)
     if validate:
         comparison = compare_models(result.source, result.made, inputs, device, seed)
         result = replace(result, validation=comparison)
@@ -538,6 +554,7 @@ def make_conversion(
     fold: bool,
     opset: int | None,
     progress: Progress = lambda done, total: None,
+    swap: str | None = None,
 ) -> "Conversion":
     """`convert` without the comparison."""
     source = _with_dataflow(opened)
@@ -545,7 +562,7 @@ def make_conversion(
         raise UsageError("convert takes a PyTorch model; this one is ONNX already (fold and validate take it)")
     from normtool.conversion import convert_model
 
-    return convert_model(source, target, fold, opset, progress)  # type: ignore[arg-type]
+    return convert_model(source, target, fold, opset, progress, swap)  # type: ignore[arg-type]
 
 
 def reopen(result: ModelResult, path: Path) -> Opened:

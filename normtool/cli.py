@@ -614,6 +614,9 @@ def unfold(
 @cli.command()
 @click.argument("model")
 @click.option("--fold", "folding", is_flag=True, help="Fold BatchNorms, proved, before the export.")
+@click.option(
+    "--swap", "mode", type=click.Choice(["exact", "centre"]), help="Swap LayerNorms for RMSNorms, proved, too."
+)
 @click.option("--opset", type=int, help="Opset of the ONNX file (the exporter's default: 20).")
 @_writing
 @_opening
@@ -624,6 +627,7 @@ def convert(
     out: TextIO,
     model: str,
     folding: bool,
+    mode: str | None,
     opset: int | None,
     writing: Writing,
     opening: Opening,
@@ -647,7 +651,7 @@ def convert(
         progress.step(f"reading {Path(model).name}")
         opened = opening.load(model, inputs_file=running.inputs_file)
         progress.step("exporting")
-        result = api.make_conversion(opened, target, folding, opset, progress.count)
+        result = api.make_conversion(opened, target, folding, opset, progress.count, mode)
         result, verdict = _write(result, True, writing, options, progress.step)
     _show(out, [result], result.to_dict(), common)
     _say_failed_proofs(result.sites)

@@ -1,6 +1,7 @@
 """`convert`: a PyTorch model as ONNX, or as a saved program, with every difference in the counts explained."""
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from normtool.formats.torch.model import TorchModel, read_exported
 from normtool.formats.torch.norm_changes import NormChange, norm_changes
 from normtool.formats.torch.program_apply import fold_program
 from normtool.formats.torch.reconcile import Reconciliation, folded_by_exporter, reconcile
+from normtool.options import SwapOptions
 from normtool.parameters import Census
 from normtool.planner import Plan, Progress, Site, plan_fold
 from normtool.reasons import FOLDED, KEPT, Reason
@@ -81,8 +83,10 @@ def convert_model(
     fold: bool = False,
     opset: int | None = None,
     progress: Progress = lambda done, total: None,
+    swap: str | None = None,
 ) -> Conversion:
-    """Export, fold if asked to, and account for what changed. Nothing is written where a user would see it.
+    """Export, fold and swap if asked to, and account for what changed. Nothing is written where a user would
+    see it.
 
     Raises UsageError (no example inputs, an unknown target), RuntimeRefused (an exporter fails).
     """
@@ -90,24 +94,49 @@ def convert_model(
         raise UsageError(f"convert to {target!r}: choose {' or '.join(TARGETS)}")
     source = in_inference_mode(opened)
     program = read_exported(program_of(source))
-    plan = plan_fold(program.graph, program.fingerprint, progress=progress) if fold else None
-    exported = fold_program(program, plan) if plan is not None and plan.folds else program
+    exported, plans = program, list[Plan]()
+    if fold:
+        plans.append(plan_fold(program.graph, program.fingerprint, progress=progress))
+        exported = _carried_out(exported, plans[-1])
+    if swap is not None:
+        plans.append(_swap_plan(exported, swap, progress))
+        exported = _carried_out(exported, plans[-1])
     folder = Folder()
     made: OnnxModel | TorchModel = exported
     if target == "onnx":
         assert exported.program is not None
         made = to_onnx(exported.program, folder.path, opset)
     account = reconcile(source, program, exported, made)
-    sites = _sites(program, plan, exported, made)
+    sites = _sites(program, plans, exported, made)
     norms = norm_changes(program.graph, sites, made) if isinstance(made, OnnxModel) else ()
     return Conversion(source, made, sites, norms, account.source, account.made, account, folder)
 
 
+def _swap_plan(program: TorchModel, mode: str, progress: Progress) -> Plan:
+    """The plan of a swap. Raises UsageError for an approximate one: a conversion keeps the function."""
+    from normtool.swapping import plan_swap
+
+    if mode == "approximate":
+        raise UsageError("convert keeps the function; swap the converted model with --mode approximate")
+    options = SwapOptions(mode=mode, target="onnx")
+    return plan_swap(program.graph, program.fingerprint, options, progress)
+
+
+def _carried_out(program: TorchModel, plan: Plan) -> TorchModel:
+    return fold_program(program, plan) if plan.folds else program
+
+
 def _sites(
-    program: TorchModel, plan: Plan | None, exported: TorchModel, made: OnnxModel | TorchModel
+    program: TorchModel, plans: Sequence[Plan], exported: TorchModel, made: OnnxModel | TorchModel
 ) -> tuple[Site, ...]:
-    """What became of each norm; the exporter may have folded some of its own accord."""
-    asked = _nothing_asked(program) if plan is None else plan.sites
+    """What became of each norm; the exporter may have folded some of its own accord.
+
+    Of two plans, the one that did something says so.
+    """
+    asked = _nothing_asked(program) if not plans else plans[0].sites
+    if len(plans) == 2:
+        later = {site.norm.name: site for site in plans[1].sites}
+        asked = tuple(later.get(s.norm.name, s) if s.norm.kind == "layer_norm" else s for s in asked)
     if not isinstance(made, OnnxModel):
         return asked
     gone = {op.name for op in folded_by_exporter(exported, made)}

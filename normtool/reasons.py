@@ -218,6 +218,29 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "and β is what is left; an RMSNorm makes ±1. No γ and β can mend both, so they take no part in a fit.",
         "Where something masks those rows afterwards, nothing; else keep the norm with `--except`.",
     ),
+    # ---- what ONNX Runtime makes of norms (lints)
+    "bfloat16_on_cpu": (
+        "ONNX Runtime's CPU provider has RMSNormalization in float16, float32 and float64, not in bfloat16.",
+        "`--target primitive` spells it out, with its statistics in float32.",
+    ),
+    "group_norm_inlined": (
+        "ONNX Runtime's CPU provider has no kernel for GroupNormalization and writes it out at loading.",
+        "Export at an opset below 18: there it is spelled with InstanceNormalization, which has one.",
+    ),
+    "unfused_reciprocal": (
+        "The norm is spelled with a Reciprocal, which ONNX Runtime's fusions do not know; it runs 2 to 5 times "
+        "slower than the spelling with a Div.",
+        "`swap` writes the spelling that is fused.",
+    ),
+    "unfused_axes": (
+        "The norm is spelled out over axes that are not the last one, and stays so in ONNX Runtime.",
+        "Nothing here; moving the channels last would let it be fused.",
+    ),
+    "skip_layer_norm": (
+        "ONNX Runtime takes a residual Add and the norm behind it into one SkipLayerNormalization (or its "
+        "RMSNorm sibling), which on CPU is several times slower than the two.",
+        "Set the session option optimization.disable_specified_optimizers=SkipLayerNormFusion, and measure.",
+    ),
     # ---- what the reader notices (diagnostics)
     "checker": (
         "The ONNX checker rejects the model as it was read. ONNX Runtime may still accept it.",

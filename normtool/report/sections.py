@@ -97,7 +97,10 @@ def _plan(plan: Plan, verbose: bool) -> list[Section]:
 
 
 def _sites(sites: tuple[Site, ...], verbose: bool) -> list[Section]:
-    """Sites with reasons one by one; folded ones are summed up unless `verbose`."""
+    """Sites with reasons one by one; folded ones are summed up unless `verbose`.
+
+    Of a norm that is swapped the report says how; the writers that served it are in the JSON.
+    """
     verdicts = Counter((site.norm.kind, site.verdict) for site in sites)
     summary = tuple((kind, verdict, _count(n)) for (kind, verdict), n in verdicts.items())
     shown = [site for site in sites if verbose or site.verdict != FOLDED]
@@ -105,7 +108,7 @@ def _sites(sites: tuple[Site, ...], verbose: bool) -> list[Section]:
         (
             site.norm.name,
             site.verdict,
-            ", ".join(site.fold.into) if site.fold else "",
+            _into(site),
             _reasons(site.reasons),
         )
         for site in shown
@@ -114,6 +117,16 @@ def _sites(sites: tuple[Site, ...], verbose: bool) -> list[Section]:
     detail = Section("Sites", ("name", "verdict", "into", "reasons"), rows, note=note if rows else "")
     total = Section("Verdicts", ("kind", "verdict", "norms"), summary, _COUNTS, "" if rows else note)
     return [detail, total, *_proofs(sites)]
+
+
+def _into(site: Site) -> str:
+    """Where a norm went: the ops that took it in; of a swapped one, what it cost."""
+    how = site.fold.about.get("centring") if site.fold is not None else None
+    if how is None:
+        return ", ".join(site.fold.into) if site.fold is not None else ""
+    cost = ["free"] if how["free"] else [f"a Centre behind {name}" for name in how["centres"]]
+    cost += ["an Add of β"] if how["added_ops"] else []
+    return ", ".join([*cost, *([f"{how['added_bytes']:,} bytes copied"] if how["added_bytes"] else [])])
 
 
 def _reasons(reasons: tuple[Reason, ...]) -> str:
@@ -156,6 +169,8 @@ def _rewrite(rewrite: Rewrite, verbose: bool) -> list[Section]:
         found += _comparison(rewrite.validation, verbose)
     if rewrite.benchmark is not None:
         found += _benchmark(rewrite.benchmark, verbose)
+    if rewrite.lints:
+        found.append(Section("In ONNX Runtime", ("code", "message", "where"), rewrite.lints))
     return [*found, *_written(rewrite.outputs)]
 
 

@@ -15,7 +15,7 @@ from normtool.formats.onnx.model import OnnxModel
 from normtool.graph import GRAPH_OUTPUT, ModelGraph, Op
 from normtool.norms import Norm
 from normtool.planner import Site
-from normtool.reasons import FOLDED
+from normtool.reasons import FOLDED, SWAPPED
 
 #: kind → why the file has fewer of them
 _FEWER: Mapping[str, str] = {
@@ -28,7 +28,7 @@ _FEWER: Mapping[str, str] = {
 _MORE: Mapping[str, str] = {
     "instance_norm": "what the exporter writes for GroupNorm",
     "batch_norm": "what the exporter writes for InstanceNorm with running statistics",
-    "layer_norm": "spelled out in the code, and recognised by the exporter",
+    "layer_norm": "spelled out in the code, and recognised (a Centre op and an RMSNorm are one)",
     "rms_norm": "spelled out in the code, and recognised by the exporter",
 }
 
@@ -40,7 +40,8 @@ UNEXPLAINED = "for a reason that is not known here"
 class NormChange:
     """Norms of one kind, by how often they run: in the model given, folded on the way, in the file.
 
-    `unused` ones lead to no output of the model, so the exporter leaves them out.
+    `unused` ones lead to no output of the model, so the exporter leaves them out. `swapped` LayerNorms are
+    RMSNorms now, of which there are so many more.
     """
 
     kind: str
@@ -48,12 +49,16 @@ class NormChange:
     folded: int
     unused: int
     made: int
+    swapped: int = 0
 
     @property
     def message(self) -> str:
+        gained = self.swapped if self.kind == "rms_norm" else -self.swapped
         causes = [f"{self.folded} folded"] if self.folded else []
         causes += [f"{self.unused} lead to no output"] if self.unused else []
-        rest = self.made - (self.source - self.folded - self.unused)
+        if self.swapped:
+            causes.append(f"{self.swapped} " + ("were LayerNorms" if gained > 0 else "swapped for RMSNorms"))
+        rest = self.made - (self.source - self.folded - self.unused + gained)
         if rest:
             table = _MORE if rest > 0 else _FEWER
             causes.append(f"{abs(rest)} {table.get(self.kind, UNEXPLAINED)}")
@@ -72,7 +77,11 @@ def norm_changes(graph: ModelGraph, sites: Iterable[Site], made: OnnxModel) -> t
         s.norm for s in sites if s.verdict != FOLDED and s.norm.op is not None and s.norm.op not in useful
     )
     kinds = dict.fromkeys([*before, *after])
-    changes = (NormChange(kind, before[kind], folded[kind], unused[kind], after[kind]) for kind in kinds)
+    swapped = _runs(site.norm for site in sites if site.verdict == SWAPPED)
+    swapped["rms_norm"] = swapped["layer_norm"]
+    changes = (
+        NormChange(kind, before[kind], folded[kind], unused[kind], after[kind], swapped[kind]) for kind in kinds
+    )
     return tuple(change for change in changes if change.source != change.made)
 
 

@@ -27,7 +27,7 @@ from normtool.values import Array, to_array
 #: cause → what it means
 CAUSES: Mapping[str, str] = {
     "lifted": "torch.export stores tensors that the module keeps as plain attributes, or makes, as constants",
-    "folded": "BatchNorms folded by normtool; the convolution may have got a bias",
+    "folded": "norms folded or swapped by normtool; what took them in may have got a bias",
     "folded_by_exporter": "BatchNorms folded by torch.onnx.export itself, without a proof",
     "num_batches_tracked": "the running count of a BatchNorm, which inference does not read",
     "unused": "never read by forward on the example inputs, so the exporter drops it",
