@@ -407,10 +407,11 @@ class _Swapper:
     def _strip(self, norms: Iterable[NormForm]) -> None:
         """γ and β go forward into what reads the norm: a β that stays is an Add, which costs what is gained."""
         for form in norms:
-            if form in self.fitted:
+            tail = self._tail(form)
+            if form in self.fitted or not tail.ops:
                 continue
             try:
-                self.moved[form], reasons = self.planner.strip_affine(self._tail(form), WITHOUT_BIAS)
+                self.moved[form], reasons = self.planner.strip_affine(tail, WITHOUT_BIAS)
             except Stopped as stopped:
                 reasons = stopped.reasons
             self.now[form] = self._as_it_is(form)
