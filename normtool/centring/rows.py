@@ -243,7 +243,9 @@ def _terms(call: Call, slots: list[str]) -> Answer:
         operand = call.input(slot)
         place = of_operand(call.place, rank, operand.shape if operand is not None else None)
         if isinstance(place, str):
-            return call.blocked(f"reads {operand.name if operand else slot!r}: {place}", "axis_unknown")
+            known = operand is not None and operand.shape is not None and known_lengths(operand.shape)
+            code = "axis_mismatch" if known else "axis_unknown"
+            return call.blocked(f"reads {operand.name if operand else slot!r}: {place}", code)
         places[slot] = place
     return places
 
