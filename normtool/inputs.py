@@ -94,7 +94,8 @@ def nudge(array: Array, rng: np.random.Generator) -> Array:
     if array.dtype.name not in _NUDGED or array.size == 0:
         return array
     towards = np.where(rng.integers(0, 2, array.shape) == 1, np.inf, -np.inf).astype(array.dtype)
-    moved = np.nextafter(array, towards)
+    with np.errstate(over="ignore"):  # masks are full of the largest number
+        moved = np.nextafter(array, towards)
     return np.asarray(np.where((array == 0) | ~np.isfinite(moved) | ~np.isfinite(array), array, moved))
 
 
