@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         fold,
         load,
         plan,
+        plan_swap,
         scan,
         swap,
         unfold,
@@ -39,7 +40,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(("Restoration", "Rewrite", "apply", "bench", "convert", "fold", "load"), "normtool.api"),
-    **dict.fromkeys(("plan", "scan", "swap", "unfold", "validate"), "normtool.api"),
+    **dict.fromkeys(("plan", "plan_swap", "scan", "swap", "unfold", "validate"), "normtool.api"),
     "Benchmark": "normtool.timing",
     "Conversion": "normtool.conversion",
     "NormtoolError": "normtool.errors",
@@ -67,6 +68,7 @@ __all__ = [
     "fold",
     "load",
     "plan",
+    "plan_swap",
     "scan",
     "swap",
     "unfold",

@@ -207,6 +207,8 @@ SAYS = {
     "02": "35 of 35 norms folded",
     "03": "234,256 by name, 169,256 parameters, 169,256 stored elements",
     "04": "Classifier with 2 BatchNorms folded: equal",
+    "05": "9 of 9 LayerNorms swapped: equal",
+    "06": "--mode exact: {'swapped': 1, 'kept': 6}",
 }
 
 
