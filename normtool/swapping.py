@@ -112,8 +112,17 @@ def plan_swap(
         refused = dict(review(made.folds)) or {
             fold.path: fold.proof.failures for fold in made.folds if fold.proof and fold.proof.failures
         }
-        if not refused or not against.note(swapper, refused):
+        if not refused:
             return made
+        if not against.note(swapper, refused):
+            return _given_up(made, refused)
+
+
+def _given_up(made: SwapPlan, refused: Mapping[Path, tuple[Reason, ...]]) -> SwapPlan:
+    """Nothing is changed where planning again would only make the same changes again."""
+    reasons = tuple(dict.fromkeys(reason for each in refused.values() for reason in each))
+    kept = (site if site.verdict == KEPT else Site(site.norm, KEPT, reasons) for site in made.sites)
+    return replace(made, sites=tuple(kept), folds=())
 
 
 @dataclass
@@ -176,7 +185,7 @@ class _Swapper:
         forms = norm_forms(self.original, Constants(self.original, self.options.freeze))
         self.now = {form: form for form in forms}
         by_ops = {form.ops: form for form in forms}
-        of_norm = {norm: _form_of(norm, by_ops) for norm in norms}
+        of_norm = {norm: form_of(norm, by_ops) for norm in norms}
         kept = {norm: reasons for norm in norms if (reasons := self._obstacles(norm, of_norm[norm]))}
         chosen = [form for norm, form in of_norm.items() if norm not in kept and form is not None]
         numbers = {form: number for number, norm in enumerate(norms) if (form := of_norm[norm]) is not None}
@@ -316,7 +325,7 @@ class _Swapper:
         added = byte_count(table) if copied else 0
         fold = SwapFold(path, form.ops, tuple(edits), (), added_bytes=added, named=(gather.name,))
         self.shown_by[path] = [TableStep(form.y.name, form.x, before, table, normed)]
-        self._note(fold, form)
+        self.planner.folds.append(fold)  # without it, the norm may still be swapped
         return fold
 
     def _looked_up(self, form: NormForm) -> Op | None:
@@ -347,17 +356,10 @@ class _Swapper:
         return normalise
 
     def _gamma(self, form: NormForm) -> Array:
-        """γ, with what some norms add to it, flat."""
-        gamma = np.ones(1) if form.weight is None else self._wide(form.weight)
-        return np.asarray(form.gain * (gamma.reshape(-1) + form.weight_offset))
+        return gamma_of(self.constants, form)
 
     def _beta(self, form: NormForm) -> Array:
-        return np.zeros(1) if form.bias is None else self._wide(form.bias).reshape(-1)
-
-    def _wide(self, tensor: Tensor) -> Array:
-        value = self.constants.value(tensor)
-        assert not isinstance(value, Reason)
-        return exact_array(value)
+        return beta_of(self.constants, form)
 
     def _scales_moved(self, facts: Facts) -> bool:
         """Constant scales on the way go into the linear ops behind them."""
@@ -595,7 +597,24 @@ class _Swapper:
         return [step for step in self.shown_by[()] if isinstance(step, OpStep) and step.op in fold.path]
 
 
-def _form_of(norm: Norm, forms: Mapping[tuple[Op, ...], NormForm]) -> NormForm | None:
+def gamma_of(constants: Constants, form: NormForm) -> Array:
+    """γ, with what some norms add to it, flat."""
+    gamma = np.ones(1) if form.weight is None else _wide(constants, form.weight)
+    return np.asarray(form.gain * (gamma.reshape(-1) + form.weight_offset))
+
+
+def beta_of(constants: Constants, form: NormForm) -> Array:
+    """β, flat."""
+    return np.zeros(1) if form.bias is None else _wide(constants, form.bias).reshape(-1)
+
+
+def _wide(constants: Constants, tensor: Tensor) -> Array:
+    value = constants.value(tensor)
+    assert not isinstance(value, Reason)
+    return exact_array(value)
+
+
+def form_of(norm: Norm, forms: Mapping[tuple[Op, ...], NormForm]) -> NormForm | None:
     """What a norm computes: the form that consists of the same ops."""
     if norm.form is not None:
         return forms.get(norm.form.ops)
