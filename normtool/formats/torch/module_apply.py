@@ -48,11 +48,11 @@ _BIAS = {"conv": "bias", "conv_transpose": "bias", "linear": "c"}
 
 def review(model: TorchModel, folds: Sequence[Fold]) -> dict[Path, Reasons]:
     """The folds that the user's module has no place for, each with every reason."""
-    found = _Review(model, folds)
+    found = Review(model, folds)
     return found.objections() or _tried(model, folds, found.blocks)
 
 
-class _Review:
+class Review:
     def __init__(self, model: TorchModel, folds: Sequence[Fold]) -> None:
         assert model.module is not None
         self.graph = model.graph
@@ -66,7 +66,7 @@ class _Review:
         self.spliced = {self._original(edit.op) for edit in _all_edits(folds) if isinstance(edit, Splice)}
         #: norm → the shift that stays in its place
         self.shifts = _shifts(folds)
-        self.sharers = _tensors_by_storage(model)
+        self.sharers = tensors_by_storage(model)
         self.blocks, self.unmerged = blocks_of(model, folds)
         self.block_of = {each.fold: block for block in self.blocks for each in block.sums}
         self.unlike = unlike(model, self.blocks, self.final)
@@ -96,7 +96,7 @@ class _Review:
             else:
                 message = f"{op.name!r} is called by the code of {op.owner or 'the model'!r}"
                 reasons.append(Reason("no_module", message, op.name))
-        return (*dict.fromkeys(reasons), *self._hooks(fold))
+        return (*dict.fromkeys(reasons), *self.hooks(fold))
 
     def _original(self, op: Op) -> Op:
         """The op of the user's in whose place a fold has put this one."""
@@ -110,7 +110,7 @@ class _Review:
         block = self.block_of[fold]
         if block.path in self.unlike:
             return (self.unlike[block.path],)
-        if _hooked_on_gradients(self.modules[block.path]):
+        if hooked_on_gradients(self.modules[block.path]):
             return (Reason("hook", f"{block.path!r} has hooks on its gradients", block.path),)
         return self._lost_hooks(block.path, block.rest)
 
@@ -121,7 +121,7 @@ class _Review:
             return ()
         tensor = self.graph.input(edit.op, edit.slot)
         if tensor is None:
-            return self._new_bias(edit)
+            return self.new_bias(edit)
         stored = self.stored.get(tensor.name)
         if stored is None:
             message = f"its {edit.slot} {tensor.name!r} is computed, not stored as a parameter"
@@ -146,7 +146,7 @@ class _Review:
                 return (Reason("shared_parameter", message, tensor.name),)
         return ()
 
-    def _new_bias(self, edit: Rebind) -> Reasons:
+    def new_bias(self, edit: Rebind) -> Reasons:
         op = edit.op
         layer: Any = self.modules.get(op.owner)
         known = next((kind for kind in _BIASED if isinstance(layer, kind)), None)
@@ -220,7 +220,7 @@ class _Review:
 
     # ---- hooks ------------------------------------------------------------------------
 
-    def _hooks(self, fold: Fold) -> Reasons:
+    def hooks(self, fold: Fold) -> Reasons:
         """Hooks that would see a tensor in its new form: on modules left or entered between producer and
         reader.
 
@@ -234,9 +234,9 @@ class _Review:
         for before, after in map(_stacks, self._edges(fold)):
             left = [path for call, path in before.items() if call not in after]
             entered = [path for call, path in after.items() if call not in before]
-            if path := self._first_hooked(left, "_forward_hooks"):
+            if path := self.first_hooked(left, "_forward_hooks"):
                 return (Reason("hook", f"a hook on {path!r} sees what it puts out", path),)
-            if path := self._first_hooked(entered, "_forward_pre_hooks"):
+            if path := self.first_hooked(entered, "_forward_pre_hooks"):
                 return (Reason("hook", f"a hook on {path!r} sees what goes in", path),)
         return ()
 
@@ -256,16 +256,16 @@ class _Review:
                 if read.op in spliced:
                     pending.append(self.graph.output(read.op))
 
-    def _first_hooked(self, paths: Iterable[str], kind: str) -> str | None:
+    def first_hooked(self, paths: Iterable[str], kind: str) -> str | None:
         """The first of these modules with hooks of a kind, or with any on its gradients."""
         for path in paths:
             module = self.modules.get(path)
-            if module is not None and (getattr(module, kind) or _hooked_on_gradients(module)):
+            if module is not None and (getattr(module, kind) or hooked_on_gradients(module)):
                 return path
         return None
 
 
-def _tensors_by_storage(model: TorchModel) -> defaultdict[object, set[int]]:
+def tensors_by_storage(model: TorchModel) -> defaultdict[object, set[int]]:
     """Storage → the tensors on it: stored ones, and those that modules hold as plain attributes."""
     assert model.module is not None
     sharers: defaultdict[object, set[int]] = defaultdict(set)
@@ -279,10 +279,10 @@ def _tensors_by_storage(model: TorchModel) -> defaultdict[object, set[int]]:
 def _hooked(module: nn.Module) -> bool:
     """With hooks of the user's: torch computes the weight of old weight_norm in one."""
     own = [hook for hook in module._forward_pre_hooks.values() if not is_of_torch(hook)]
-    return bool(module._forward_hooks or own) or _hooked_on_gradients(module)
+    return bool(module._forward_hooks or own) or hooked_on_gradients(module)
 
 
-def _hooked_on_gradients(module: nn.Module) -> bool:
+def hooked_on_gradients(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
@@ -291,10 +291,10 @@ def _below(path: str, others: Sequence[str]) -> bool:
 
 
 def _stacks(edge: tuple[Op, Op]) -> tuple[dict[str, str], dict[str, str]]:
-    return _stack(edge[0]), _stack(edge[1])
+    return calls_around(edge[0]), calls_around(edge[1])
 
 
-def _stack(op: Op) -> dict[str, str]:
+def calls_around(op: Op) -> dict[str, str]:
     """The modules a call lies in, outermost first: a key for each call of a module → its path."""
     return {key: path for key, (path, _) in stack_of(op).items()}
 
@@ -410,11 +410,11 @@ def fold_module(model: TorchModel, plan: Plan, inplace: bool = False) -> TorchMo
     blocks, _ = blocks_of(model, plan.folds)
     heirs = _heirs(model, plan.folds, blocks, numbers=True)
     numbers = _new_numbers(model, plan, blocks)
-    target = model.module if inplace else _copy(model.module)
+    target = model.module if inplace else copied(model.module)
     placed: dict[tuple[Any, str], torch.Tensor] = {}
     with torch.no_grad():
         for (path, name), (tensor, readers) in numbers.items():
-            parameter = _set(target.get_submodule(path), name, tensor)
+            parameter = set_numbers(target.get_submodule(path), name, tensor)
             placed |= dict.fromkeys(readers, parameter)
     before = state_of_module(target)
     built = give_way(target, heirs)
@@ -425,12 +425,10 @@ def fold_module(model: TorchModel, plan: Plan, inplace: bool = False) -> TorchMo
     for op in _shifts(plan.folds):
         (name,) = (name for name, step in heirs[op.owner].named(op.owner) if isinstance(step, Shift))
         placed[op.source, "b"] = built[op.owner].get_parameter(f"{name}.bias")
-    return _with_names(read_module(target, model.example), before, placed)
+    return with_names(read_module(target, model.example), before, placed)
 
 
-def _with_names(
-    folded: TorchModel, before: State, placed: Mapping[tuple[Any, str], torch.Tensor]
-) -> TorchModel:
+def with_names(folded: TorchModel, before: State, placed: Mapping[tuple[Any, str], torch.Tensor]) -> TorchModel:
     """What each tensor is called in the module now."""
     names = {id(stored.tensor): stored.names for stored in folded.state.stored}
     folded.places = {place: names[id(t)][0] for place, t in placed.items() if id(t) in names}
@@ -440,7 +438,7 @@ def _with_names(
     return folded
 
 
-def _copy(module: nn.Module) -> nn.Module:
+def copied(module: nn.Module) -> nn.Module:
     """Tensors that carry a gradient's history cannot be copied as they are; weight_norm of old keeps one."""
     plain = (tensor for child in module.modules() for tensor in vars(child).values())
     derived = [t for t in plain if isinstance(t, torch.Tensor) and not t.is_leaf]
@@ -479,7 +477,7 @@ def _rebinds(plan: Plan) -> Iterator[Rebind]:
     return (edit for edit in plan.edits if isinstance(edit, Rebind))
 
 
-def _set(module: nn.Module, name: str, content: torch.Tensor) -> torch.Tensor:
+def set_numbers(module: nn.Module, name: str, content: torch.Tensor) -> torch.Tensor:
     """New numbers in the old parameter: its dtype, device, memory format and requires_grad stay."""
     old = getattr(module, name, None)
     if isinstance(old, torch.Tensor):

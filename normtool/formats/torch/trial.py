@@ -22,7 +22,7 @@ from normtool.planner import Fold
 from normtool.values import to_array
 
 #: What stands at the slot of a bias that the fold creates.
-_NEW = "new"
+NEW = "new"
 
 #: Spelling, plain arguments, and slot → origin of everything a call reads.
 _Call = tuple[str, str, dict[str, object]]
@@ -50,7 +50,7 @@ def holds(model: TorchModel, folds: Sequence[Fold], heirs: Mapping[str, Rest], b
         twin = structural_copy(model.module, hooks=False)
     except ExportFailed:
         return False
-    fresh = [_give_bias(twin.get_submodule(op.owner)) for op in changes.biased]
+    fresh = [give_bias(twin.get_submodule(op.owner)) for op in changes.biased]
     built = give_way(twin, heirs)
     for path, rest in heirs.items():
         for name, step in rest.named(path):
@@ -90,7 +90,7 @@ def _new_biases(model: TorchModel, folds: Sequence[Fold]) -> dict[Op, str]:
     return {edit.op: edit.slot for edit in edits if model.graph.input(edit.op, edit.slot) is None}
 
 
-def _give_bias(layer: nn.Module) -> torch.Tensor:
+def give_bias(layer: nn.Module) -> torch.Tensor:
     """Zeros, for as many channels as the layer writes."""
     if not isinstance(layer.bias, torch.Tensor):
         channels: int = getattr(layer, "out_channels", 0) or getattr(layer, "out_features", 0)
@@ -105,7 +105,7 @@ def _flow(
 ) -> tuple[list[_Call], dict[str, object]]:
     """Every call with the origin of what it reads, and the origin of every output."""
     graph = model.graph
-    origins = _Origins(model, fresh)
+    origins = Origins(model, fresh)
     calls: list[_Call] = []
     gone = {op for each in changes.sums.values() for op in each.ops - {each.root}}
     gone |= _left_unread(graph, {**changes.spliced, **changes.shifts})
@@ -122,20 +122,20 @@ def _flow(
     return calls, {slot: origins.of(t) for op in ends for slot, t in graph.inputs(op).items()}
 
 
-def _call(graph: ModelGraph, op: Op, changes: _Changes, origins: "_Origins") -> _Call:
+def _call(graph: ModelGraph, op: Op, changes: _Changes, origins: "Origins") -> _Call:
     """An op as it will be."""
     if op in changes.sums:
         conv, entry = changes.sums[op].anchor, changes.sums[op].entry
         walk = walk_of(conv)
-        return f"conv{len(walk['stride'])}d", str(walk), {"x": origins.of(entry), "weight": _NEW, "bias": _NEW}
+        return f"conv{len(walk['stride'])}d", str(walk), {"x": origins.of(entry), "weight": NEW, "bias": NEW}
     reads = {slot: origins.of(tensor) for slot, tensor in graph.inputs(op).items()}
     if op in changes.shifts:
-        return "add", "", {"a": reads[changes.shifts[op]], "b": _NEW}
+        return "add", "", {"a": reads[changes.shifts[op]], "b": NEW}
     if op in changes.biased:
-        reads[changes.biased[op]] = _NEW
-    if reads.get("weight") == _NEW:
+        reads[changes.biased[op]] = NEW
+    if reads.get("weight") == NEW:
         return op.spelling, str(walk_of(op)), reads
-    return op.spelling, "" if _NEW in reads.values() else plain_arguments(op.source, {}), reads
+    return op.spelling, "" if NEW in reads.values() else plain_arguments(op.source, {}), reads
 
 
 def _left_unread(graph: ModelGraph, spliced: Mapping[Op, str]) -> set[Op]:
@@ -149,7 +149,7 @@ def _left_unread(graph: ModelGraph, spliced: Mapping[Op, str]) -> set[Op]:
     return dead
 
 
-class _Origins:
+class Origins:
     """Where a tensor comes from, in words that mean the same for the module and for its copy."""
 
     def __init__(self, model: TorchModel, fresh: Collection[torch.Tensor]) -> None:
@@ -162,7 +162,7 @@ class _Origins:
             return self.known[tensor]
         stored = self.stored.get(tensor.name)
         if stored is not None:
-            return _NEW if id(stored.tensor) in self.fresh else id(stored.tensor)
+            return NEW if id(stored.tensor) in self.fresh else id(stored.tensor)
         if tensor.role is Role.CONSTANT and tensor.value is not None:
             return repr(to_array(tensor.value))
         return tensor.name
