@@ -19,12 +19,13 @@ from normtool.key_map import key_map
 from normtool.options import FoldOptions, SwapOptions
 from normtool.parameters import Census
 from normtool.planner import AFFINE, Plan, Progress, Site
-from normtool.reasons import FOLDED, LOWERED, RESTORED, SWAPPED
+from normtool.reasons import APPROXIMATED, FOLDED, LOWERED, RESTORED, SWAPPED
 from normtool.results import SCHEMA, ModelResult, verbs_of
 from normtool.scanning import Scan, scan_graph
 from normtool.timing import Benchmark
 
 if TYPE_CHECKING:
+    from normtool.approximate import Approximation
     from normtool.conversion import Conversion
     from normtool.formats.onnx.model import OnnxModel
     from normtool.formats.torch.checkpoint import Checkpoint
@@ -65,6 +66,8 @@ class Rewrite(ModelResult):
     undo: dict[str, Any] | None = None
     #: how long both models take, where it was asked for
     benchmark: Benchmark | None = None
+    #: how far norms without their mean drift, in mode `approximate`
+    approximation: "Approximation | None" = None
     #: key of the state dict (or initializer) that the result lacks → the keys of what it held, see `key_map`
     key_map: Mapping[str, list[str]] = field(default_factory=dict)
 
@@ -80,8 +83,27 @@ class Rewrite(ModelResult):
 
     @property
     def swapped(self) -> int:
-        """How many LayerNorms are RMSNorms now, or have gone into a table."""
+        """How many LayerNorms are RMSNorms now, or have gone into a table; those that drift do not count."""
         return sum(site.verdict in (SWAPPED, FOLDED) for site in self.sites if site.norm.kind == "layer_norm")
+
+    @property
+    def approximated(self) -> int:
+        """How many LayerNorms have become RMSNorms that do not compute the same."""
+        return sum(site.verdict == APPROXIMATED for site in self.sites)
+
+    @property
+    def exact(self) -> bool:
+        return not self.approximated
+
+    def measured(self, written: "OnnxModel | TorchModel | None" = None) -> "Rewrite":
+        """The same with what each approximated norm, and the outputs, really drift by.
+
+        `written` is the result as it was opened again. Raises RuntimeRefused where a model does not run.
+        """
+        if self.approximation is None or self.exact:
+            return self
+        made, known = self.approximation.measured(self.plan, self.rewritten, written or self.rewritten)
+        return replace(self, plan=made, approximation=known)
 
     @property
     def changed(self) -> bool:
@@ -110,6 +132,8 @@ class Rewrite(ModelResult):
             "key_map": dict(self.key_map),
             "validation": None if self.validation is None else self.validation.to_dict(),
             "outputs": list(self.outputs),
+            **({"exact": self.exact} if self.plan.verb == "swap" else {}),
+            **({} if self.exact or self.approximation is None else {"drift": self.approximation.to_dict()}),
             **({} if self.undo is None else {"undo": self.undo}),
             **({"lints": [dict(zip(_LINT, each, strict=True)) for each in self.lints]} if self.lints else {}),
             **({} if self.benchmark is None else {"benchmark": self.benchmark.to_dict()}),
@@ -408,28 +432,41 @@ def plan_swap(
 ) -> Plan:
     """What `swap` would do with these `options`, proved site by site; nothing is changed or written.
 
-    (With a target or outputs that change the model first, the plan is for the model as it is then.)
+    (With a target or outputs that change the model first, the plan is for the model as it is then.) Mode
+    `approximate` runs the model, to predict how far each norm will drift.
     """
-    return _planned_swap(_with_dataflow(load(model, inputs)), SwapOptions(**options), progress)[2]
+    opened, data = _with_dataflow(load(model, inputs)), {"inputs": inputs}
+    return _planned_swap(opened, SwapOptions(**options), progress, data)[2]
 
 
 def _planned_swap(
-    opened: "OnnxModel | TorchModel", options: SwapOptions, progress: Progress = lambda done, total: None
-) -> tuple[Any, Any, Plan]:
-    """(what to compare with, what to swap, the plan)."""
+    opened: "OnnxModel | TorchModel", options: SwapOptions, progress: Progress, running: Mapping[str, Any]
+) -> "tuple[Any, Any, Plan, Approximation | None]":
+    """(what to compare with, what to swap, the plan, how far norms without their mean drift)."""
     verbs = verbs_of(opened)
     reference, prepared, settled = verbs.prepared(opened, options)
-    made: Plan = verbs.make_swap_plan(prepared, settled, progress)
-    return reference, prepared, made
+    if options.mode != "approximate":
+        return reference, prepared, verbs.make_swap_plan(prepared, settled, progress), None
+    from normtool.approximate import plan_approximate
+    from normtool.samples import Data
+
+    data = Data.of(options.calibrate, **running)
+    return reference, prepared, *plan_approximate(prepared, settled, data, progress)
 
 
 def make_swap(
-    opened: Opened, options: SwapOptions, progress: Progress = lambda done, total: None, inplace: bool = False
+    opened: Opened,
+    options: SwapOptions,
+    progress: Progress = lambda done, total: None,
+    inplace: bool = False,
+    **running: Any,
 ) -> Rewrite:
-    """`swap` without the comparison."""
-    reference, prepared, made = _planned_swap(_with_dataflow(opened), options, progress)
+    """`swap` without the comparison. `running`: inputs, inputs_file, shapes, device and seed of the runs that
+    mode `approximate` predicts drift from."""
+    reference, prepared, made, approximation = _planned_swap(_with_dataflow(opened), options, progress, running)
     result = rewrite(prepared, made, **({"inplace": True} if inplace else {}))
-    return replace(result, source=reference, before=verbs_of(reference).census_of(reference))
+    before = verbs_of(reference).census_of(reference)
+    return replace(result, source=reference, before=before, approximation=approximation)
 
 
 def swap(
@@ -443,8 +480,11 @@ def swap(
 ) -> Rewrite:
     """Turn LayerNorms into RMSNorms without changing the function, wherever that can be proved.
 
-    `options` are the fields of `SwapOptions`: mode, outputs, keep_affine, target, only, skip, freeze. With
-    `validate`, both models are run and compared. `inplace` as for `fold`.
+    `options` are the fields of `SwapOptions`: mode, outputs, keep_affine, target, only, skip, freeze,
+    calibrate. With `validate`, both models are run and compared. `inplace` as for `fold`.
+
+    Mode "approximate" swaps the rest too, which then computes something else: `.exact` is False, every such
+    site has its `drift`, predicted and (with `validate`) measured.
 
     Raises what `fold` raises; RuntimeRefused also when ONNX cannot convert the model to the opset of the
     target.
@@ -454,15 +494,16 @@ def swap(
             "inplace needs an onnx.ModelProto or an nn.Module; save(path, force=True) replaces a file"
         )
     opened, settled = _with_dataflow(load(model, inputs)), SwapOptions(**options)
-    result = make_swap(opened, settled)
+    result = make_swap(opened, settled, inputs=inputs, device=device, seed=seed)
     if validate and result.changed:
         comparison = compare_models(result.source, result.rewritten, inputs, device, seed)
-        result = replace(result, validation=comparison)
-    if inplace and (result.validation is None or result.validation.verdict == EQUAL):
+        result = replace(result, validation=comparison).measured()
+    if inplace and (result.validation is None or result.validation.verdict == EQUAL or not result.exact):
         if hasattr(model, "CopyFrom"):
             model.CopyFrom(result.model)
         else:
-            result = replace(make_swap(opened, settled, inplace=True), validation=result.validation)
+            changed = rewrite(opened, result.plan, inplace=True)
+            result = replace(changed, validation=result.validation, approximation=result.approximation)
     return result
 
 

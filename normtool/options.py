@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from normtool.errors import UsageError
 
@@ -66,7 +67,8 @@ class SwapOptions(Choice):
     `mode`: "exact" swaps where that pays, "centre" all that can be, "approximate" the rest too (without mean).
     `outputs`: names of the outputs that are wanted (None: all); the others go. `keep_affine`: leave γ and β
     where they are. `target`: how an RMSNorm is spelled in ONNX (one of TARGETS; None: as the model's opset
-    allows). `freeze`: treat ONNX initializers that are also graph inputs as constants.
+    allows). `freeze`: treat ONNX initializers that are also graph inputs as constants. `calibrate`: a path of
+    an .npz file, or arrays by input name, samples along axis 0; approximated norms get γ and β fitted to them.
     """
 
     mode: str = "exact"
@@ -74,8 +76,11 @@ class SwapOptions(Choice):
     keep_affine: bool = False
     target: str | None = None
     freeze: bool = False
+    calibrate: Any = None
 
     def __post_init__(self) -> None:
+        if self.calibrate is not None and self.mode != "approximate":
+            raise UsageError("--calibrate fits γ and β of norms that are approximated; add --mode approximate")
         if self.mode not in MODES:
             raise UsageError(f"mode={self.mode!r}: choose one of {', '.join(MODES)}")
         if self.target is not None and self.target not in TARGETS:

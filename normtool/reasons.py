@@ -55,8 +55,8 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
     ),
     "approximated": (
         "The LayerNorm is an RMSNorm now, though nothing takes the mean out of what it reads: it no longer "
-        "computes the same. `drift` says by how much (relative L2, of the norm without β): predicted from ρ, the "
-        "mean of its input over its standard deviation, and measured.",
+        "computes the same. `drift` says by how much (relative L2, of the norm without β): predicted from ρ, "
+        "the mean of its input over its standard deviation, and measured.",
         "Look at the largest drift, and at what the outputs moved by; `--except` keeps a norm, `--calibrate "
         "FILE.npz` fits its γ and β to data. docs/approximate.md has the formula.",
     ),
@@ -209,13 +209,17 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "Nothing: the two differ.",
     ),
     "not_measured": (
-        "Nothing could be learnt of what the LayerNorm reads, so nobody knows how far it would drift without its "
-        "mean: it lies in the body of an If, Loop or Scan, or the data has no finite row for it.",
+        "Nothing could be learnt of what the LayerNorm reads, so nobody knows how far it would drift without "
+        "its mean: it lies in the body of an If, Loop or Scan, or the data has no finite row for it.",
         "Give other data with `--calibrate FILE.npz`, or keep the norm.",
     ),
+    "not_fitted": (
+        "There are too few rows to fit γ and β to: the norm keeps its own.",
+        "Give more samples.",
+    ),
     "flat_rows": (
-        "Some rows that the LayerNorm reads are one number all along (padding, most often). It makes 0 of them, "
-        "and β is what is left; an RMSNorm makes ±1. No γ and β can mend both, so they take no part in a fit.",
+        "Some rows that the LayerNorm reads are one number all along (padding, most often). It makes 0 of "
+        "them, and β is left; an RMSNorm makes ±1. No γ and β can mend both, so they take no part in a fit.",
         "Where something masks those rows afterwards, nothing; else keep the norm with `--except`.",
     ),
     # ---- what ONNX Runtime makes of norms (lints)

@@ -29,6 +29,11 @@ class ModelResult:
     """A result whose model is `opened`."""
 
     @property
+    def exact(self) -> bool:
+        """Is it meant to compute the same as the original?"""
+        return True
+
+    @property
     def opened(self) -> "OnnxModel | TorchModel":
         raise NotImplementedError
 

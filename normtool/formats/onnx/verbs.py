@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 
@@ -17,6 +18,11 @@ from normtool.options import FoldOptions, SwapOptions
 from normtool.parameters import Census, census
 from normtool.planner import Plan, Progress, plan_fold
 
+if TYPE_CHECKING:
+    from normtool.formats.onnx.watch import Watch
+    from normtool.samples import Data
+    from normtool.swapping import Drops, SwapPlan
+
 __all__ = [
     "apply",
     "census_of",
@@ -28,6 +34,7 @@ __all__ = [
     "to_object",
     "undo_fold",
     "undo_record",
+    "watch",
 ]
 
 
@@ -55,10 +62,19 @@ def prepared(opened: OnnxModel, options: SwapOptions) -> tuple[OnnxModel, OnnxMo
     return reference, swapped, replace(options, target=target)
 
 
-def make_swap_plan(opened: OnnxModel, options: SwapOptions, progress: Progress) -> Plan:
+def make_swap_plan(
+    opened: OnnxModel, options: SwapOptions, progress: Progress, drops: "Drops | None" = None
+) -> "SwapPlan":
     from normtool.swapping import plan_swap  # only `swap` pays for it
 
-    return plan_swap(opened.graph, opened.fingerprint, options, progress)
+    return plan_swap(opened.graph, opened.fingerprint, options, progress, drops=drops)
+
+
+def watch(data: "Data") -> "Watch":
+    """What runs models with their norms laid open."""
+    from normtool.formats.onnx.watch import Watch
+
+    return Watch(data)
 
 
 def apply(opened: OnnxModel, plan: Plan) -> OnnxModel:

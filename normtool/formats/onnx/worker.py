@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from normtool.drift import InputSums, PairSums, Tap, Watched
 from normtool.formats.onnx.profile import time_by_op
 from normtool.inputs import InputSpec, generate, nudge
 from normtool.timing import Runner, measure
@@ -34,6 +35,8 @@ def main(job_path: str) -> None:
         input_sets = _probe(job, report)
     if job.get("bench"):
         _bench(job, input_sets[0], report)
+    elif "watch" in job:
+        _watch(job, input_sets, report)
     else:
         for run in job["runs"]:
             _run(job, run, input_sets, report)
@@ -130,6 +133,75 @@ def _bench(job: dict[str, Any], specs: list[Any], report: Report) -> None:
     report.line(step="bench", processors=_processors(), loads=measure(load, job["bench"]["seconds"]))
     for run in job["runs"] if job["device"] == "cpu" else ():
         report.line(step="profile", name=run["name"], times=_profile(job, run, specs))
+
+
+def _watch(job: dict[str, Any], sets: list[Any], report: Report) -> None:
+    """Sums over what norms read in one model, or over how two models differ, into `watched.npz`."""
+    folder, sessions = Path(job["folder"]), []
+    try:
+        for run in job["runs"]:
+            name = run["name"]
+            sessions.append(_session(run, job["device"]))
+        watcher = _watcher(job["watch"], folder)
+        for number, specs in enumerate(sets):
+            found = []
+            for run, session in zip(job["runs"], sessions, strict=True):
+                name = run["name"]
+                feeds = _feeds(job, specs, run, number)
+                known = [entry.name for entry in session.get_inputs()]
+                names = [output.name for output in session.get_outputs()]
+                outputs = session.run(None, {k: v for k, v in feeds.items() if k in known})
+                found.append((feeds, dict(zip(names, outputs, strict=True))))
+            watcher.see(*found)
+    except Exception as failure:
+        report.line(step="run", name=name, error=_first_line(failure))
+        return
+    np.savez(folder / "watched.npz", **watcher.to_arrays())
+    for run, session in zip(job["runs"], sessions, strict=True):
+        report.line(step="run", name=run["name"], providers=session.get_providers())
+
+
+#: What a model was fed, and what it put out.
+_Fed = tuple[dict[str, Array], dict[str, Any]]
+
+
+class _NormInputs:
+    def __init__(self, watch: dict[str, Any]) -> None:
+        self.norms = [Watched.from_dict(fields) for fields in watch["norms"]]
+        self.sums = [InputSums.of(norm) for norm in self.norms]
+
+    def see(self, run: _Fed) -> None:
+        known = run[0] | run[1]
+        for norm, sums in zip(self.norms, self.sums, strict=True):
+            sums.see(known[norm.tensor])
+
+    def to_arrays(self) -> dict[str, Array]:
+        every = (sums.to_arrays() for sums in self.sums)
+        return {f"{i}.{name}": array for i, arrays in enumerate(every) for name, array in arrays.items()}
+
+
+class _Pair:
+    def __init__(self, watch: dict[str, Any], folder: Path) -> None:
+        self.outputs = watch["outputs"]
+        with np.load(folder / "taps.npz", allow_pickle=False) as arrays:
+            given = [[arrays[f"{i}.{k}"] for k in ("s", "t", "bias")] for i in range(len(watch["taps"]))]
+        self.taps = [
+            Tap(tap["before"], tap["after"], tuple(tap["axes"]), *own)
+            for tap, own in zip(watch["taps"], given, strict=True)
+        ]
+        self.sums = PairSums.of(self.taps)
+
+    def see(self, before: _Fed, after: _Fed) -> None:
+        self.sums.see(self.taps, before[1], after[1])
+        own, others = (list(run[1].values())[: len(self.outputs)] for run in (before, after))
+        self.sums.see_outputs(dict(zip(self.outputs, own, strict=True)), others)
+
+    def to_arrays(self) -> dict[str, Array]:
+        return self.sums.to_arrays()
+
+
+def _watcher(watch: dict[str, Any], folder: Path) -> Any:
+    return _NormInputs(watch) if "norms" in watch else _Pair(watch, folder)
 
 
 def _processors() -> int | None:

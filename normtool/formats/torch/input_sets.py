@@ -130,13 +130,13 @@ def _reshaped(base: Feed, shapes: Shapes) -> Feed:
 
 def _from_file(model: Model, path: Path) -> Feed:
     arrays = read_inputs(path)
-    wanted = _wanted(model)
+    wanted = wanted_inputs(model)
     for tensor in wanted:
         check_given(path, tensor, arrays.get(tensor.name))
     return {tensor.name: arrays[tensor.name] for tensor in wanted} or arrays
 
 
-def _wanted(model: Model) -> list[Tensor]:
+def wanted_inputs(model: Model) -> list[Tensor]:
     """The model's inputs; those of a module have the example's dtypes and any shape."""
     if not isinstance(model, TorchModel) or model.module is None:
         return model_inputs(model.graph)

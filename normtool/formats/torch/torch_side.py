@@ -93,7 +93,7 @@ class TorchSide:
         return [self._run_once(module, feed, seed) for feed in feeds]
 
     def _run_once(self, module: nn.Module, feed: Feed, seed: int) -> Outputs | Refusal:
-        example = self._call(feed)
+        example = self.call(feed)
         try:
             twin = copies.with_own_buffers(module)
             torch.manual_seed(seed)
@@ -103,7 +103,7 @@ class TorchSide:
         except Exception as error:  # the model's own code
             return Refusal(f"{type(error).__name__}: {first_line(error)}")
 
-    def _call(self, feed: Feed) -> Example:
+    def call(self, feed: Feed) -> Example:
         assert self.interface is not None
         return self.interface.call([to_tensor(feed[name]).to(self.device) for name in self.order])
 
@@ -163,7 +163,7 @@ class TorchSide:
         by_shape = sorted(range(len(feeds)), key=lambda number: _shapes(feeds[number]))
         held, wide = None, None  # one at a time: weights in float64 are two models' worth
         for number in by_shape:
-            example, shapes = self._call(feeds[number]), _shapes(feeds[number])
+            example, shapes = self.call(feeds[number]), _shapes(feeds[number])
             try:
                 if wide is None or (self.model.module is not None and shapes != held):
                     wide = None

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,6 +21,11 @@ from normtool.options import FoldOptions, SwapOptions
 from normtool.parameters import Census
 from normtool.planner import Plan, Progress, plan_fold
 
+if TYPE_CHECKING:
+    from normtool.formats.torch.watch import Watch
+    from normtool.samples import Data
+    from normtool.swapping import Drops, SwapPlan
+
 __all__ = [
     "apply",
     "census_of",
@@ -32,6 +38,7 @@ __all__ = [
     "to_program",
     "undo_fold",
     "undo_record",
+    "watch",
 ]
 
 
@@ -72,11 +79,13 @@ def prepared(opened: TorchModel, options: SwapOptions) -> tuple[TorchModel, Torc
     return reference, reference, replace(options, target="onnx")
 
 
-def make_swap_plan(opened: TorchModel, options: SwapOptions, progress: Progress) -> Plan:
+def make_swap_plan(
+    opened: TorchModel, options: SwapOptions, progress: Progress, drops: "Drops | None" = None
+) -> "SwapPlan":
     from normtool.swapping import plan_swap
 
     if opened.module is None:
-        return plan_swap(opened.graph, opened.fingerprint, options, progress)
+        return plan_swap(opened.graph, opened.fingerprint, options, progress, drops=drops)
     from normtool.formats.torch import module_swap
 
     return plan_swap(
@@ -85,7 +94,15 @@ def make_swap_plan(opened: TorchModel, options: SwapOptions, progress: Progress)
         options,
         progress,
         review=lambda folds: module_swap.review(opened, folds),
+        drops=drops,
     )
+
+
+def watch(data: "Data") -> "Watch":
+    """What runs models with their norms laid open."""
+    from normtool.formats.torch.watch import Watch
+
+    return Watch(data)
 
 
 def apply(opened: TorchModel, plan: Plan, inplace: bool = False) -> TorchModel:
