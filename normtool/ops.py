@@ -439,6 +439,12 @@ TABLE: tuple[OpRow, ...] = (
         defaults={"keepdims": 1, "noop_with_empty_axes": 0},
     ),
     _row(
+        "reduce_prod",
+        _onnx("ReduceProd", "x"),
+        _onnx("ReduceProd", "x axes", since=18),
+        defaults={"keepdims": 1, "noop_with_empty_axes": 0},
+    ),
+    _row(
         "reduce_sum_square",
         _onnx("ReduceSumSquare", "x"),
         _onnx("ReduceSumSquare", "x axes", since=18),
@@ -463,8 +469,8 @@ TABLE: tuple[OpRow, ...] = (
     ),
     _row("var", *_aten("var", f"{_VARIANCE} unbiased")),
     _row("std", *_aten("std", f"{_VARIANCE} unbiased")),
-    _row("var_mean", *_aten("var_mean", f"{_VARIANCE} unbiased"), outputs="var mean"),
-    _row("std_mean", *_aten("std_mean", f"{_VARIANCE} unbiased"), outputs="std mean"),
+    _row("var_mean", *_aten("var_mean", f"{_VARIANCE} unbiased"), outputs="y mean"),
+    _row("std_mean", *_aten("std_mean", f"{_VARIANCE} unbiased"), outputs="y mean"),
     # ONNX's Attention (opset 23) means something else: it may hold a cache and split the heads itself
     _row(
         "attention",
@@ -514,6 +520,9 @@ TABLE: tuple[OpRow, ...] = (
 
 #: Kind of every operator without a row.
 UNKNOWN = "unknown"
+
+#: Kind of a call of a function that the model itself defines.
+CALL = "call"
 
 ROWS: Mapping[str, OpRow] = {row.kind: row for row in TABLE}
 

@@ -58,7 +58,7 @@ IN_SOME_VERSIONS = {
     ("dequantize_linear", "axis"),
     ("average_pool", "ceil_mode"),
     ("max_pool", "ceil_mode"),
-    *((f"reduce_{each}", "noop_with_empty_axes") for each in ("mean", "sum", "sum_square", "l1", "l2")),
+    *((f"reduce_{each}", "noop_with_empty_axes") for each in ("mean", "sum", "prod", "sum_square", "l1", "l2")),
 }
 
 standard_schemas = onnx.defs.get_all_schemas_with_history()

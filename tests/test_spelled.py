@@ -4,7 +4,9 @@
 rounding. Look-alikes are in the second half, each with what it is taken for.
 """
 
-from collections.abc import Callable
+import io
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import sqrt
 from time import perf_counter
@@ -1108,6 +1110,21 @@ def test_module_of_any_name(name: str) -> None:
     assert error < (5e-3 if dtype is torch.float16 else 1e-5)
 
 
+@pytest.mark.parametrize("name", ["var", "square", "normalize"])
+def test_without_dataflow_it_is_probed(name: str) -> None:
+    function, kind, *_ = TORCH[name]
+    model = Around(Homemade(function))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    (norm,) = normtool.scan(model).norms
+    assert (norm.name, norm.norm.kind, norm.norm.evidence) == ("foo", kind, "probe")
+    assert (norm.calls, norm.learnable) == (None, 2 * D)  # whatever of it the code uses
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_without_dataflow_a_gate_is_no_norm() -> None:
+    assert not normtool.scan(Around(Homemade(lambda m, x: torch.tanh(x * m.weight) + m.bias))).norms
+
+
 def test_one_module_called_twice_is_one_norm() -> None:
     class Twice(Around):
         def forward(self, x: Tensor) -> Tensor:
@@ -1144,6 +1161,71 @@ def test_x_changed_in_place_meanwhile_is_no_norm() -> None:
     assert all(
         norm.norm.kind != "layer_norm" for norm in scanned(Around(Homemade(function)), torch.randn(SHAPE))
     )
+
+
+# ---- as torch exports them ------------------------------------------------------------------------------
+
+
+class GroupNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(3, D, eps=EPS)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
+def exported(model: nn.Module, x: Tensor, dynamo: bool) -> onnx.ModelProto:
+    """With an open batch, so that no shape is folded away."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if dynamo:
+            batch = ({0: torch.export.Dim("n", min=2)},)
+            program = torch.onnx.export(
+                model, (x,), dynamo=True, opset_version=18, dynamic_shapes=batch, verbose=False
+            )
+            assert program is not None
+            return program.model_proto
+        file = io.BytesIO()
+        torch.onnx.export(
+            model,
+            (x,),
+            file,  # type: ignore[arg-type]
+            dynamo=False,
+            opset_version=17,
+            input_names=["x"],
+            dynamic_axes={"x": {0: "n"}},
+        )
+        return onnx.load_from_string(file.getvalue())
+
+
+EXPORTED = ["var", "var-mean", "std", "std-mean", "sum", "gemma", "normalize", "group", "GroupNorm"]
+
+
+def _exports() -> Iterator[Any]:
+    for name in EXPORTED:
+        yield pytest.param(name, False, id=f"{name}-torchscript")
+        marks = [] if name == "var-mean" else [pytest.mark.long]
+        yield pytest.param(name, True, id=f"{name}-dynamo", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "dynamo"), _exports())
+def test_as_exported(name: str, dynamo: bool) -> None:
+    if name == "GroupNorm":
+        inner: nn.Module = GroupNorm()
+        kind, axes, affine, expected = "group_norm", (1, 2, 3), "γβ", {"groups": 3}
+    else:
+        function, kind, axes, affine, expected = TORCH[name]
+        inner = Homemade(function, (1, D, 1, 1) if name == "group" else (D,))
+    x = torch.randn(IMAGE if name.lower().startswith("group") else SHAPE)
+    model = exported(Around(inner).eval(), x, dynamo)
+    (form,), graph = forms_of(model)
+    assert (form.kind, form.axes) == (kind, axes)
+    assert ("γ" if form.weight else "") + ("β" if form.bias else "") == affine
+    assert facts(form) == {key: value for key, value in expected.items() if key != "weight_offset"}
+    check(form, graph, model)
 
 
 # ---- scan ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from normtool.graph import Op, Tensor
-from normtool.spelled.reading import CASTS, Axes, Reading, Reduction
+from normtool.spelled.reading import CASTS, RESHAPES, Axes, Reading, Reduction
 from normtool.values import is_float
 
 #: More ops than this do not stand between a root and what is under it.
@@ -50,7 +50,7 @@ class MomentReader:
         """All that V = `tensor` may be read as, the largest first: one with a mean is one without as well."""
         scale, eps, least, precision = 1.0, 0.0, 0.0, 1e-6
         ops: list[Op] = []
-        unsqueezed: Axes | None = None
+        put_back: Tensor | None = None  # the last with other axes than what is under it
         for _ in range(_MAX_STEPS):
             op = self.graph.producer(tensor)
             if op is None:
@@ -64,18 +64,17 @@ class MomentReader:
                         eps=eps,
                         least=least,
                         precision=precision,
-                        kept=moment.kept or unsqueezed == moment.axes,
+                        kept=self._is_kept(moment, put_back),
                         ops=(*moment.ops, *ops),
                     )
                     for moment in found
                     if not (eps and least)
                 ]
             ops.append(op)
-            if op.kind in CASTS or op.kind == "expand":
+            if op.kind in CASTS:
                 following = self.graph.input(op, "x")
-            elif op.kind == "unsqueeze":
-                following = self.graph.input(op, "x")
-                unsqueezed = self.reading.axes(op, self.reading.rank(tensor))
+            elif op.kind in RESHAPES:
+                following, put_back = self.graph.input(op, "x"), put_back or tensor
             elif op.kind in ("max", "maximum", "clip", "relu"):
                 bound, following = self.bounded(op)
                 if bound is None or (bound > 0 and (eps or least)):
@@ -98,6 +97,11 @@ class MomentReader:
                 return []
             tensor = following
         return []
+
+    def _is_kept(self, moment: Moment, put_back: Tensor | None) -> bool:
+        if put_back is None:
+            return moment.kept
+        return self.reading.lies_against(put_back, moment.x, moment.axes)
 
     def with_number(self, op: Op) -> tuple[float, Tensor | None]:
         """(the number, the other operand) of a binary op."""
@@ -133,7 +137,7 @@ class MomentReader:
     # ---- S --------------------------------------------------------------------------------------
 
     def _squares(self, op: Op, made: Tensor) -> list[Moment]:
-        if op.kind == "var" or (op.kind == "var_mean" and made is self.graph.outputs(op).get("var")):
+        if op.kind in ("var", "var_mean") and made is self.graph.outputs(op).get("y"):
             return list(self.variance(op))
         if op.kind in ("reduce_mean", "reduce_sum", "reduce_sum_square", "global_average_pool"):
             return list(self._mean_of_squares(op))
@@ -217,7 +221,7 @@ class MomentReader:
     def _mean(self, tensor: Tensor, negated: bool = False) -> tuple[Reduction, tuple[Op, ...]] | None:
         """The ReduceMean behind `tensor`, or behind −`tensor`, with the ops from there on."""
         ops: list[Op] = []
-        factor, unsqueezed = 1.0, False
+        factor, put_back = 1.0, None
         for _ in range(_MAX_STEPS):
             op = self.graph.producer(tensor)
             if op is None:
@@ -228,11 +232,14 @@ class MomentReader:
                 is_sum = op.kind == "reduce_sum"
                 count = self.reading.count(reduced.source, reduced.axes) if is_sum else 1
                 right = count is not None and abs(factor * count - (-1 if negated else 1)) < 1e-6
-                return (reduced, tuple(ops)) if right and (reduced.kept or unsqueezed) else None
-            if op.kind in CASTS or op.kind == "expand":
+                kept = reduced.kept
+                if put_back is not None:
+                    kept = self.reading.lies_against(put_back, reduced.source, reduced.axes)
+                return (reduced, tuple(ops)) if right and kept else None
+            if op.kind in CASTS:
                 following = self.graph.input(op, "x")
-            elif op.kind in ("unsqueeze", "reshape"):
-                following, unsqueezed = self.graph.input(op, "x"), True
+            elif op.kind in RESHAPES:
+                following, put_back = self.graph.input(op, "x"), put_back or tensor
             elif op.kind == "neg":
                 following, factor = self.graph.input(op, "x"), -factor
             else:

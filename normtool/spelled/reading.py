@@ -1,17 +1,22 @@
 """What the search asks of single tensors and ops; nothing larger than a few numbers is ever read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from normtool.constants import COMPUTABLE, Constants
 from normtool.graph import ModelGraph, Op, Role, Tensor
 from normtool.reasons import Reason
-from normtool.values import element_count, is_float, to_array
+from normtool.values import Array, element_count, is_float, to_array
 
 Axes = tuple[int, ...]
 
 #: Ops that hand on the same numbers, in another precision perhaps.
 CASTS = frozenset(["cast", "cast_like", "identity"])
+
+#: Ops that leave the order of the numbers, row by row. (An Expand to as many elements as there were does.)
+RESHAPES = frozenset(["reshape", "unsqueeze", "expand"])
 
 #: A constant expression deeper than this is none.
 _MAX_DEPTH = 32
@@ -36,6 +41,17 @@ class Reduction:
     source: Tensor
     axes: Axes
     kept: bool
+
+
+#: What integers computed from shapes go through on their way into a divisor.
+_OF_LENGTHS: Mapping[str, Callable[[Mapping[str, Array]], Array]] = {
+    **dict.fromkeys(("cast", "cast_like", "identity", "squeeze", "unsqueeze"), lambda inputs: inputs["x"]),
+    "embedding": lambda inputs: inputs["table"][inputs["indices"].astype(np.int64)],
+    "reduce_prod": lambda inputs: inputs["x"].prod(),
+    "add": lambda inputs: inputs["a"] + inputs["b"],
+    "sub": lambda inputs: inputs["a"] - inputs["b"],
+    "mul": lambda inputs: inputs["a"] * inputs["b"],
+}
 
 
 class Reading:
@@ -89,7 +105,9 @@ class Reading:
         return self._numbers[tensor]
 
     def _number(self, tensor: Tensor) -> float | None:
-        if tensor.written or not self.stored(tensor) or not self._is_small(tensor):
+        if not self.stored(tensor):
+            return self._computed_length(tensor)
+        if not self._is_small(tensor):
             return None
         if tensor.value is not None and tensor.stored_elements is None:
             value = tensor.value  # a caller may pass another: see NormForm.assumed
@@ -101,6 +119,36 @@ class Reading:
         if element_count(value.shape) != 1:
             return None
         return float(to_array(value).reshape(-1)[0])
+
+    def _computed_length(self, tensor: Tensor) -> float | None:
+        """A number made of lengths that are known, though others of that shape are open."""
+        if tensor.shape is None or element_count(tuple(n for n in tensor.shape if isinstance(n, int))) != 1:
+            return None
+        found = self._lengths(tensor, 0)
+        if found is None or found.size != 1 or not np.isfinite(found).all():
+            return None
+        return float(found.reshape(-1)[0])
+
+    def _lengths(self, tensor: Tensor, depth: int) -> Array | None:
+        """What is computed from shapes; NaN for a length that is not known."""
+        if self.stored(tensor):
+            value = self.constants.value(tensor) if self._is_small(tensor) else None
+            return None if value is None or isinstance(value, Reason) else to_array(value).astype(np.float64)
+        op = self.graph.producer(tensor)
+        if op is None or depth > 12:
+            return None
+        if op.kind == "shape":
+            source = self.graph.input(op, "x")
+            shape = None if source is None else source.shape
+            if shape is None:
+                return None
+            lengths = shape[op.attributes.get("start", 0) : op.attributes.get("end")]
+            return np.array([n if isinstance(n, int) else np.nan for n in lengths])
+        if op.kind not in _OF_LENGTHS:
+            return None
+        inputs = {slot: self._lengths(each, depth + 1) for slot, each in self.graph.inputs(op).items()}
+        known = {slot: array for slot, array in inputs.items() if array is not None}
+        return _OF_LENGTHS[op.kind](known) if len(known) == len(inputs) else None
 
     def _is_small(self, tensor: Tensor) -> bool:
         """Nothing that goes into it is a parameter or has more than a few elements."""
@@ -173,6 +221,16 @@ class Reading:
         source = self.graph.input(op, "x")
         floats = all(t is None or t.dtype is None or is_float(t.dtype) for t in (source, tensor))
         return source if floats else None
+
+    def lies_against(self, tensor: Tensor, x: Tensor, axes: Axes) -> bool:
+        """Is this reshaped statistic of x as long as x along the other axes, and 1 along these?"""
+        if x.shape is not None and tensor.shape is not None and None not in tensor.shape:
+            count = len(x.shape)
+            over = {axis % count for axis in axes if -count <= axis < count}
+            return tensor.shape == tuple(1 if axis in over else n for axis, n in enumerate(x.shape))
+        op = self.graph.producer(tensor)
+        back = self.axes(op, self.rank(tensor)) if op is not None and op.kind == "unsqueeze" else None
+        return back == axes
 
     def aliases(self, tensor: Tensor) -> Iterator[Tensor]:
         """`tensor` and every cast of it."""

@@ -44,7 +44,7 @@ class Search:
         for moment, label in self._moments(op):
             if not self.reading.is_data(moment.x) or any(each.scope != op.scope for each in moment.ops):
                 continue
-            y = self.graph.outputs(op).get("std" if op.kind == "std_mean" else "y")
+            y = self.graph.outputs(op).get("y")
             if y is None:
                 return []
             spread = Spread(self.reading, self.moments, moment, {y: label})

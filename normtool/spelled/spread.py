@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from normtool.graph import Op, Tensor
 from normtool.spelled.labels import Label
 from normtool.spelled.moments import Moment, MomentReader, close
-from normtool.spelled.reading import CASTS, Reading
+from normtool.spelled.reading import CASTS, RESHAPES, Reading
 from normtool.values import is_float
 
 #: No norm has more tensors than this between x and y.
@@ -108,11 +108,7 @@ class Spread:
             return label.inverse()
         if label.is_like_x:
             return None
-        if op.kind == "expand":
-            return label if label.kept else None
-        if op.kind in ("unsqueeze", "reshape"):
-            return self._put_back(op, label, x, y)
-        return None
+        return self._put_back(op, label, y) if op.kind in RESHAPES else None
 
     def _bounded(self, op: Op) -> Label | None:
         """max(σ, ε)."""
@@ -122,20 +118,14 @@ class Spread:
             return None
         return label if bound <= 0 and label.is_factor else label.with_eps(bound, "max")
 
-    def _put_back(self, op: Op, label: Label, x: Tensor, y: Tensor) -> Label | None:
-        """A statistic gets the axes back that it lost; one that lost none may be seen as it is."""
-        if op.kind == "unsqueeze":
-            back = self.reading.axes(op, self.reading.rank(y))
-            right = not label.kept and back == self.moment.axes
-        else:
-            right = y.shape is not None and y.shape == self._reduced_shape()
-        return replace(label, kept=True) if right else None
-
-    def _reduced_shape(self) -> tuple[int | str | None, ...] | None:
-        shape = self.moment.x.shape
-        if shape is None or None in shape:
-            return None
-        return tuple(1 if axis in self.moment.axes else n for axis, n in enumerate(shape))
+    def _put_back(self, op: Op, label: Label, y: Tensor) -> Label | None:
+        """A statistic gets the axes back that it lost, or is spread over those of x."""
+        if op.kind == "expand" and label.kept:
+            return label
+        if self.reading.lies_against(y, self.moment.x, self.moment.axes):
+            return replace(label, kept=True)
+        on_the_way = all(read.op.kind in RESHAPES for read in self.graph.readers(y))
+        return label if on_the_way and not label.kept else None
 
     # ---- binary ops -------------------------------------------------------------------------------
 

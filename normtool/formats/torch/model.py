@@ -89,7 +89,7 @@ def read_module(module: nn.Module, example: Example | None, why_not: str = "") -
     if program is None:
         graph.no_dataflow = why_not or "no example inputs were given"
         graph.diagnostics.append(("no_dataflow", graph.no_dataflow, ""))
-        graph.norm_modules = list(norm_modules(module, tensors, lambda path: None))
+        graph.norm_modules = list(norm_modules(module, tensors, None))
     else:
         read_program(program, graph, tensors, first_paths(module))
         calls = _calls(graph)

@@ -2,7 +2,8 @@
 
 By class first (subclasses of any name), then by what they store (running statistics make a BatchNorm, frozen or
 home-made), then, for classes that merely sound like a norm, by what they do to numbers (`probe`): T5's
-LayerNorm is an RMSNorm.
+LayerNorm is an RMSNorm. What a class under any other name computes, its ops show (`forms`); without dataflow it
+is probed too.
 """
 
 import re
@@ -53,10 +54,11 @@ class Known:
     axes: tuple[int, ...] | None = None
 
 
-def recognise(module: nn.Module, name: str = "") -> Known | None:
+def recognise(module: nn.Module, name: str = "", by_name: bool = True) -> Known | None:
     """The kind of a norm module and how it was recognised; None for anything else.
 
-    `name` is that of the attribute that holds it: a class called `Scale` may sit in `self.norm`.
+    `name` is that of the attribute that holds it: a class called `Scale` may sit in `self.norm`. Not `by_name`:
+    where no dataflow shows what a module computes, any that holds a few vectors is tried.
     """
     for known, kind in CLASSES:
         if isinstance(module, known):
@@ -68,7 +70,10 @@ def recognise(module: nn.Module, name: str = "") -> Known | None:
     if all(name in own for name in _STATISTICS):
         return Known("batch_norm", "statistics")
     sounds = any(map(SOUNDS_LIKE_A_NORM.search, (type(module).__name__, name)))
-    if not sounds or _is_of_torch(module) or not _is_small_leaf(module, own):
+    worth_a_try = sounds or (
+        not by_name and any(not is_lazy(tensor) and tensor.ndim for tensor in own.values())
+    )
+    if not worth_a_try or _is_of_torch(module) or not _is_small_leaf(module, own):
         return None
     found = behaviour(module)
     return Known(found.kind, "probe", found.axes) if found else None
@@ -114,11 +119,14 @@ def _is_small_leaf(module: nn.Module, own: Mapping[str, torch.Tensor]) -> bool:
 
 
 def norm_modules(
-    module: nn.Module, tensors: Mapping[str, Tensor], calls: Callable[[str], int | None]
+    module: nn.Module, tensors: Mapping[str, Tensor], calls: Callable[[str], int] | None
 ) -> Iterator[NormModule]:
-    """Every norm below `module` once, under its first path. `calls` says how often a path is called."""
+    """Every norm below `module` once, under its first path.
+
+    `calls` says how often a path is called; None where there is no dataflow.
+    """
     for path, child in module.named_modules():
-        known = recognise(child, path.rpartition(".")[2])
+        known = recognise(child, path.rpartition(".")[2], by_name=calls is not None)
         if known is None:
             continue
         own = dict(own_tensors(child))
@@ -134,7 +142,7 @@ def norm_modules(
             axes=known.axes or _axes(child, known.kind),
             eps=_eps(child),
             unknown=sum(map(is_lazy, own.values())),
-            calls=calls(path),
+            calls=calls(path) if calls is not None else None,
             owner=path,
         )
 
