@@ -1,0 +1,73 @@
+"""Wrong swaps, made on purpose: an analysis that lies, edits that are lost, a proof that is silent."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from normtool import swapping
+from normtool.centring.facts import Fact, Facts, Solution, Source
+from normtool.centring.rows import Blocked
+from normtool.edits import Edit, Rebind
+from normtool.rules import conv
+
+Patch = pytest.MonkeyPatch
+
+
+def silence_the_proof(patch: Patch) -> None:
+    """Nothing is evaluated, neither of what is swapped nor of γ and β that move."""
+    prove, prove_fold = swapping.prove, swapping.prove_fold
+    patch.setattr(swapping, "prove", lambda steps, edits, errors: prove([], edits, errors))
+    patch.setattr(swapping, "prove_fold", lambda steps, edits: prove_fold([], edits))
+    patch.setattr("normtool.planner.prove", lambda steps, edits: prove_fold([], edits))
+
+
+def force(patch: Patch) -> None:
+    """Nobody observes, what cannot be centred is taken to be, and nothing is proved."""
+    source = Facts.source
+
+    def obliging(self: Facts, fact: Fact) -> Source | Blocked:
+        found = source(self, fact)
+        return Source() if isinstance(found, Blocked) else found
+
+    patch.setattr(Facts, "source", obliging)
+    patch.setattr(Facts, "observer", lambda self, fact: None)
+    patch.setattr(Facts, "_reached_norm", lambda self, fact, form: [])
+    silence_the_proof(patch)
+
+
+def lose_centre(patch: Patch, number: int) -> None:
+    """The plan forgets one of its Centres."""
+    solve = Facts.solve
+
+    def forgetful(self: Facts, *arguments: Any, **options: Any) -> Solution:
+        found = solve(self, *arguments, **options)
+        return replace(found, centres=(*found.centres[:number], *found.centres[number + 1 :]))
+
+    patch.setattr(Facts, "solve", forgetful)
+
+
+def centre_in_place(patch: Patch) -> None:
+    """A constant that takes the Centre in changes for everybody who reads it."""
+    carry_out: Callable[..., None] = swapping._Swapper._carry_out
+
+    def in_place(self: Any, edits: list[Edit]) -> None:
+        edits += [
+            other for edit in edits for other in _for_the_others(self.draft, edit)
+        ]  # the fold has them too
+        carry_out(self, edits)
+
+    patch.setattr(swapping._Swapper, "_carry_out", in_place)
+
+
+def _for_the_others(draft: Any, edit: Edit) -> list[Edit]:
+    if not isinstance(edit, Rebind):
+        return []
+    readers = draft.readers(draft.input(edit.op, edit.slot))
+    return [replace(edit, op=read.op, slot=read.slot) for read in readers if read.op is not edit.op]
+
+
+def ignore_padding(patch: Patch) -> None:
+    """A shift passes into a Conv that pads with zeros."""
+    patch.setattr(conv, "pads", lambda constants, op: False)
