@@ -586,6 +586,7 @@ class _Swapper:
         for fold in made.folds:
             if isinstance(fold, SwapFold):
                 proof = prove(self.shown_by.get(fold.path, self._touching(fold)), fold.edits, errors)
+                proof = replace(proof, failures=(*proof.failures, *self._unshown(fold)))
             else:
                 proof = prove_fold(fold.steps, fold.edits)
             shown[fold] = replace(fold, proof=proof)
@@ -595,6 +596,15 @@ class _Swapper:
     def _touching(self, fold: Fold) -> list[Step]:
         """Every step of an op that a writer or a Centre changes."""
         return [step for step in self.shown_by[()] if isinstance(step, OpStep) and step.op in fold.path]
+
+    def _unshown(self, fold: Fold) -> Iterator[Reason]:
+        """Ops that get another constant, and that no step speaks of: a reader of a tied table, centred with it."""
+        spoken = {step.op for step in self.shown_by.get((), ()) if isinstance(step, OpStep)}
+        spoken |= {op for form in self.now.values() for op in form.ops}
+        spoken |= set(fold.path) if fold.path in self.shown_by else set()
+        for edit in fold.edits:
+            if isinstance(edit, Rebind) and edit.op not in spoken:
+                yield Reason("internal", f"nothing shows what becomes of {edit.op.name!r}", edit.op.name)
 
 
 def gamma_of(constants: Constants, form: NormForm) -> Array:
