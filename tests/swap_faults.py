@@ -1,6 +1,6 @@
 """Wrong swaps, made on purpose: an analysis that lies, edits that are lost, a proof that is silent."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from normtool import swapping
 from normtool.centring.facts import Fact, Facts, Solution, Source
 from normtool.centring.rows import Blocked
 from normtool.edits import Edit, Rebind
+from normtool.reasons import Reason
 from normtool.rules import conv
 
 Patch = pytest.MonkeyPatch
@@ -21,6 +22,20 @@ def silence_the_proof(patch: Patch) -> None:
     patch.setattr(swapping, "prove", lambda steps, edits, errors: prove([], edits, errors))
     patch.setattr(swapping, "prove_fold", lambda steps, edits: prove_fold([], edits))
     patch.setattr("normtool.planner.prove", lambda steps, edits: prove_fold([], edits))
+    patch.setattr(swapping._Swapper, "_unshown", lambda self, fold: ())
+
+
+def listen(patch: Patch) -> list[Reason]:
+    """What the proof objects to: such a plan is made again, without what was refused."""
+    heard: list[Reason] = []
+    note = swapping._Against.note
+
+    def noted(self: Any, swapper: Any, refused: Mapping[Any, tuple[Reason, ...]]) -> bool:
+        heard.extend(reason for reasons in refused.values() for reason in reasons)
+        return note(self, swapper, refused)
+
+    patch.setattr(swapping._Against, "note", noted)
+    return heard
 
 
 def force(patch: Patch) -> None:
