@@ -112,6 +112,39 @@ def _named_leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix, each
 
 
+def leaf_names(spec: Any, prefix: str = "") -> list[str]:
+    """What `named_outputs` calls the leaves of something with this structure; "" where it is one leaf alone."""
+    if spec.is_leaf():
+        return [prefix]
+    keys = _keys(spec)
+    found: list[str] = []
+    for i, child in enumerate(spec.children()):
+        inner = f"{prefix}.{keys[i] if keys else i}" if prefix else keys[i] if keys else f"output.{i}"
+        found += leaf_names(child, inner)
+    return found
+
+
+def pruned(spec: Any, kept: Sequence[int]) -> Any:
+    """The structure around these leaves: the same mapping with fewer keys, or else a tuple of leaves."""
+    keys, first, chosen = _keys(spec), 0, list[int]()
+    for i, child in enumerate(spec.children() if keys else ()):
+        inside = set(range(first, first + child.num_leaves))
+        first += child.num_leaves
+        if inside and inside <= set(kept):
+            chosen.append(i)
+    children = [spec.child(i) for i in chosen]
+    if keys and sum(child.num_leaves for child in children) == len(kept):
+        return pytree.TreeSpec(spec.type, [keys[i] for i in chosen], children)
+    return pytree.tree_structure(tuple(kept))
+
+
+def _keys(spec: Any) -> list[str]:
+    """The keys of a mapping, as dicts and the outputs of transformers are flattened; of anything else none."""
+    context = spec.context
+    named = isinstance(context, list) and all(isinstance(key, str) for key in context)
+    return context if named and len(context) == spec.num_children else []
+
+
 def _free(name: str, taken: Mapping[str, Any]) -> str:
     if name not in taken:
         return name

@@ -8,7 +8,7 @@ import copy
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -20,12 +20,14 @@ from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
     InputSpec,
+    OutputKind,
     OutputSpec,
     TensorArgument,
 )
 
 from normtool.edits import Copy, Edit, Graft, Insert, Part, Rebind, Replace, Splice
-from normtool.errors import NormtoolError, StalePlan
+from normtool.errors import NormtoolError, StalePlan, UsageError
+from normtool.formats.torch.interface import leaf_names, pruned
 from normtool.formats.torch.model import TorchModel, read_exported
 from normtool.formats.torch.read import spelling_of
 from normtool.formats.torch.state import storage_key
@@ -48,6 +50,40 @@ def fold_program(model: TorchModel, plan: Plan) -> TorchModel:
     return folded
 
 
+def with_outputs(model: TorchModel, names: Sequence[str]) -> TorchModel:
+    """The program without its other outputs, and without what computed only those.
+
+    `names` are those of the program's own nodes, or those that a caller sees (`pooler_output`, `output.1`).
+    Raises UsageError for a name that there is not, and for a module, whose code returns what it returns.
+    """
+    if model.program is None:
+        raise UsageError(
+            "a module returns what its code returns; wrap it in one that returns less, or give a program "
+            "(torch.export.export), to choose outputs"
+        )
+    kept = _positions_of(model.program, names)
+    rewriter = _Rewriter(model)
+    rewriter.keep_outputs(kept)
+    rewriter.remove_dead()
+    return read_exported(rewriter.result())
+
+
+def _positions_of(program: ExportedProgram, names: Sequence[str]) -> list[int]:
+    """Which of the user's outputs have these names, in the order of the program."""
+    seen = [name or "output" for name in leaf_names(program.call_spec.out_spec)]
+    called = list(zip(seen, map(str, program.graph_signature.user_outputs), strict=True))
+    kept: set[int] = set()
+    for name in names:
+        found = [i for i, each in enumerate(called) if name in each or each[0].startswith(f"{name}.")]
+        if not found:
+            known = ", ".join(f"{one} ({other})" for one, other in called)
+            raise UsageError(f"no output is called {name!r}; the outputs are {known}")
+        kept.update(found)
+    if not kept:
+        raise UsageError("no output would be left")
+    return sorted(kept)
+
+
 class _Rewriter:
     def __init__(self, model: TorchModel) -> None:
         assert model.program is not None
@@ -60,6 +96,8 @@ class _Rewriter:
             # the copy avoids Python's own names; the signature knows the argument `input` by that name
             copied.name, copied.target = original.name, original.target
         self.specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
+        self.output_specs: list[OutputSpec] = list(self.program.graph_signature.output_specs)
+        self.out_spec = self.program.call_spec.out_spec
         self.state: dict[str, Any] = dict(self.program.state_dict)
         self.constants: dict[str, Any] = dict(self.program.constants)
         #: nodes whose last reader an edit may have taken away
@@ -343,6 +381,20 @@ class _Rewriter:
                 position += len(value) if isinstance(value, list | tuple) else 1
         output.args = (tuple(results), *output.args[1:])
 
+    # ---- outputs --------------------------------------------------------------------------
+
+    def keep_outputs(self, kept: Sequence[int]) -> None:
+        """Of what the user is given, these leaves."""
+        (output,) = self.graph.find_nodes(op="output")
+        results = list(zip(self.output_specs, output.args[0], strict=True))
+        given = [each for each in results if each[0].kind is OutputKind.USER_OUTPUT]
+        chosen = [given[i] for i in kept]
+        self.displaced.update(r for _, r in given if isinstance(r, fx.Node))
+        left = [each for each in results if each[0].kind is not OutputKind.USER_OUTPUT] + chosen
+        self.output_specs = [spec for spec, _ in left]
+        output.args = (tuple(result for _, result in left), *output.args[1:])
+        self.out_spec = pruned(self.out_spec, kept)
+
     # ---- arguments ------------------------------------------------------------------------
 
     def _argument(self, node: fx.Node, op: Op, slot: str) -> fx.Node:
@@ -449,7 +501,7 @@ class _Rewriter:
                 counts = {f"{owner}.num_batches_tracked" for owner in self._owners_gone()}
             spec = self.specs.get(node.name) if node.op == "placeholder" else None
             counted = spec is not None and spec.target in (counts or ())
-            if node.users or (node not in self.displaced and not counted):
+            if node.users or _writes(node) or (node not in self.displaced and not counted):
                 continue
             if spec is not None and spec.target is not None:
                 self._forget(spec)
@@ -476,7 +528,7 @@ class _Rewriter:
         self.module.recompile()
         placeholders = [node.name for node in self.graph.nodes if node.op == "placeholder"]
         (output,) = self.graph.find_nodes(op="output")
-        specs = zip(self.program.graph_signature.output_specs, output.args[0], strict=True)
+        specs = zip(self.output_specs, output.args[0], strict=True)
         signature = ExportGraphSignature(
             input_specs=[self.specs[name] for name in placeholders],
             output_specs=[_puts_out(spec, result) for spec, result in specs],
@@ -511,7 +563,12 @@ class _Rewriter:
             inputs=[self._renamed_argument(each) for each in entry.signature.inputs],
             outputs=[self._renamed_argument(each) for each in entry.signature.outputs],
         )
-        return replace(entry, signature=signature)
+        if not entry.fqn:
+            return replace(entry, signature=replace(signature, out_spec=self.out_spec))
+        there = {node.name for node in self.graph.nodes}
+        arguments = (*signature.inputs, *signature.outputs)
+        named = [each.name for each in arguments if isinstance(each, TensorArgument)]
+        return replace(entry, signature=signature if there.issuperset(named) else None)
 
 
 #: op kind → the slot of its weight, where that is not `weight`
@@ -523,6 +580,12 @@ def _puts_out(spec: OutputSpec, result: Any) -> OutputSpec:
     if not isinstance(spec.arg, TensorArgument) or not isinstance(result, fx.Node):
         return spec
     return replace(spec, arg=TensorArgument(name=result.name))
+
+
+def _writes(node: fx.Node) -> bool:
+    """Does it change one of its arguments in place?"""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
 def _place(node: fx.Node) -> dict[str, Any]:
