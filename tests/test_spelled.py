@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 from torch import Tensor, nn
 
 import normtool
@@ -25,8 +26,10 @@ from normtool.detect import find_norms
 from normtool.formats.onnx.read import read_proto
 from normtool.forms import NormForm, norm_forms
 from normtool.graph import ModelGraph
+from normtool.inputs import attempts, generate
 from normtool.values import to_array
 from tests import zoo
+from tests.conftest import CORPUS, corpus_cases
 
 Array = np.ndarray[Any, Any]
 Build = Callable[["Spelling", str], str]
@@ -1163,6 +1166,15 @@ def test_x_changed_in_place_meanwhile_is_no_norm() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_epsilon_that_rms_norm_is_not_given(dtype: torch.dtype) -> None:
+    """Of an x this small the output shows it."""
+    x = torch.full((1, 4), 1e-3, dtype=dtype)
+    (norm,) = scanned(nn.RMSNorm(4, dtype=dtype), x)
+    y, square = float(torch.rms_norm(x, [4])[0, 0]), float(x[0, 0]) ** 2
+    assert square / (square + norm.norm.eps) == pytest.approx(y * y, rel=1e-2)
+
+
 # ---- as torch exports them ------------------------------------------------------------------------------
 
 
@@ -1211,7 +1223,7 @@ def _exports() -> Iterator[Any]:
         yield pytest.param(name, True, id=f"{name}-dynamo", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "dynamo"), _exports())
+@pytest.mark.parametrize(("name", "dynamo"), list(_exports()))
 def test_as_exported(name: str, dynamo: bool) -> None:
     if name == "GroupNorm":
         inner: nn.Module = GroupNorm()
@@ -1293,3 +1305,48 @@ def test_a_graph_without_norms_is_searched_in_no_time() -> None:
     start = perf_counter()
     assert norm_forms(graph) == []
     assert perf_counter() - start < 0.1
+
+
+# ---- real models ----------------------------------------------------------------------------------------
+
+
+def _spelled_out_and_runs(entry: dict[str, Any]) -> bool:
+    no_norm = entry["file"].endswith("fusion_skip_layer_norm.onnx")  # see test_corpus
+    return bool(entry.get("decomposed_norm")) and entry.get("ort_run") == "ok" and not no_norm
+
+
+#: Norms of one model that are run.
+FEW = 4
+
+
+@pytest.mark.parametrize("entry", corpus_cases(_spelled_out_and_runs))
+def test_norms_of_real_models_compute_what_their_forms_say(entry: dict[str, Any]) -> None:
+    """On what really flows through the model; a few of many, the first and the last among them."""
+    model = onnx.load(CORPUS / entry["file"])
+    found, graph = forms_of(model)
+    found = [form for form in found if not form.is_native]
+    few = found[:: max(1, len(found) // FEW)] + found[-1:]
+    seen = onnx.ModelProto()
+    seen.CopyFrom(model)
+    names = dict.fromkeys(tensor.name for form in few for tensor in (form.x, form.y))
+    given = {info.name for info in model.graph.input}
+    del seen.graph.output[:]
+    seen.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
+    values = _first_run(seen, graph)
+    for form in few:
+        weights = [arrays(graph, tensor) for tensor in (form.weight, form.bias)]
+        expected, y = defined(form, values[form.x.name], *weights), values[form.y.name]
+        tolerance = 2e-3 if y.dtype == np.float16 else 1e-4
+        assert np.abs(expected - y).max() < tolerance * np.abs(expected).max()
+
+
+def _first_run(model: onnx.ModelProto, graph: ModelGraph) -> dict[str, Array]:
+    """Inputs and outputs by name, with the first sizes that the model takes."""
+    for specs in attempts(graph, 0):
+        inputs = {spec.name: generate(spec) for spec in specs}
+        try:
+            outputs = zoo.run(model, inputs)
+        except (Fail, InvalidArgument, RuntimeException):
+            continue
+        return {**inputs, **dict(zip((o.name for o in model.graph.output), outputs, strict=True))}
+    raise AssertionError("no sizes run")

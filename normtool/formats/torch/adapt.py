@@ -196,10 +196,10 @@ def _trailing_axes(node: fx.Node, attributes: Attributes) -> None:
 
 
 def _rms_norm(node: fx.Node, attributes: Attributes) -> None:
-    """An ε that is not given is that of the input's dtype (torch.nn.RMSNorm)."""
+    """An ε that is not given is that of the dtype torch computes in: float32 for half precision."""
     _trailing_axes(node, attributes)
     if "epsilon" not in attributes:
-        attributes["epsilon"] = torch.finfo(_entry(node).dtype).eps
+        attributes["epsilon"] = torch.finfo(torch.promote_types(_entry(node).dtype, torch.float32)).eps
 
 
 def _reduction(node: fx.Node, attributes: Attributes) -> None:
