@@ -36,6 +36,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.fold_modules
 	$(BIN)/python tests/benchmarks/many_ops.py
 	$(BIN)/python -m tests.benchmarks.what_remains
+	$(BIN)/python -m tests.benchmarks.swap_speed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
