@@ -370,6 +370,8 @@ class _Swapper:
                 moved = True
             except Stopped:
                 continue
+        if moved:  # a norm may read what stood in front of a scale
+            self.now = {form: self._as_it_is(form) for form in self.now}
         return moved
 
     def _refit(self) -> None:
