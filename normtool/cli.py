@@ -230,6 +230,7 @@ class Swapping:
     only: tuple[str, ...]
     skip: tuple[str, ...]
     freeze: bool
+    calibrate: Path | None
 
     def to_options(self) -> Any:
         from normtool.options import SwapOptions
@@ -343,6 +344,11 @@ _swapping = _bundled(
     ),
     click.option("--keep-affine", is_flag=True, help="Leave γ and β where they are; each β stays as an Add."),
     click.option(
+        "--calibrate",
+        type=click.Path(path_type=Path),
+        help="With --mode approximate: fit γ and β to these samples (.npz, by input name, along axis 0).",
+    ),
+    click.option(
         "--outputs", multiple=True, metavar="NAME", help="Keep this output; those that are not named go."
     ),
     click.option(
@@ -351,7 +357,8 @@ _swapping = _bundled(
         default="exact",
         show_default=True,
         help="exact: where it pays. centre: all that can be, with as many Centre ops as it takes. approximate: "
-        "the rest too, without their mean (no longer the same function).",
+        "the rest too, without their mean: no longer the same function, and written all the same, with the "
+        "drift of every norm, predicted and measured.",
     ),
 )
 
@@ -545,9 +552,13 @@ def swap(
 
     What writes their input takes the mean out, exactly and once; γ and β go into what reads them. The plan
     says of every LayerNorm whether that is free, needs a Centre op, or who observes the mean.
+
+    With --mode approximate those LayerNorms lose their mean too, and compute something else. The result is
+    written whatever the comparison finds, and exit code 0 means no more than that it was.
     """
     from normtool import api
 
+    settled = swapping.to_options()
     if writing.output is None and not dry_run:
         raise UsageError("swap needs -o OUTPUT, or --dry-run to only see the plan")
     if not dry_run:
@@ -559,7 +570,7 @@ def swap(
         opened = opening.load(model, inputs_file=running.inputs_file)
         timing.check(opened)
         progress.step("planning and proving")
-        result = api.make_swap(opened, swapping.to_options(), progress.count)
+        result = api.make_swap(opened, settled, progress.count, **running.to_validation(opening))
         timed = functools.partial(
             timing.timed, running=running, opening=opening, common=common, step=progress.step
         )
@@ -569,6 +580,8 @@ def swap(
             result, verdict = _write(result, result.changed, writing, options, progress.step, timed)
     _show(out, [result], result.to_dict(), common)
     _say_failed_proofs(result.sites)
+    if not result.exact:
+        print(f"normtool: {result.approximation.summary(result.plan)}", file=sys.stderr)
     if verdict == "equal":
         if not (result.changed or dry_run or common.quiet):
             print("normtool: nothing to swap; the output is the model as it was", file=sys.stderr)
@@ -688,7 +701,8 @@ def _write(
 ) -> tuple[Any, str]:
     """Write beside the destination, validate what was written, and only then put it in place.
 
-    `timed` comes before that: the destination may be the model that was read.
+    `timed` comes before that: the destination may be the model that was read. A result that is not meant to be
+    equal is measured, and put in place whatever the comparison says.
     """
     from normtool import api
 
@@ -704,8 +718,11 @@ def _write(
                     f"{error}\n--no-validate writes on the strength of the proofs alone"
                 ) from None
             result = replace(result, validation=comparison)
-            if comparison.verdict != "equal":
+            if comparison.verdict != "equal" and result.exact:
                 return result, comparison.verdict
+            if not result.exact:
+                step("measuring drift")
+                result = result.measured(written)
         result = timed(result)
         return replace(result, outputs=tuple(stage.commit())), "equal"
 

@@ -15,6 +15,7 @@ from normtool.timing import CONFIDENCE, Benchmark
 from normtool.training import TrainingMemory
 
 if TYPE_CHECKING:
+    from normtool.approximate import Approximation
     from normtool.conversion import Conversion
 
 
@@ -121,12 +122,25 @@ def _sites(sites: tuple[Site, ...], verbose: bool) -> list[Section]:
 
 def _into(site: Site) -> str:
     """Where a norm went: the ops that took it in; of a swapped one, what it cost."""
+    if site.fold is not None and "drift" in site.fold.about:
+        return _drift(site.fold.about["drift"])
     how = site.fold.about.get("centring") if site.fold is not None else None
     if how is None:
         return ", ".join(site.fold.into) if site.fold is not None else ""
     cost = ["free"] if how["free"] else [f"a Centre behind {name}" for name in how["centres"]]
     cost += ["an Add of β"] if how["added_ops"] else []
     return ", ".join([*cost, *([f"{how['added_bytes']:,} bytes copied"] if how["added_bytes"] else [])])
+
+
+def _drift(drift: dict[str, Any]) -> str:
+    """How far a norm without its mean is from what it was."""
+    told = [f"{name} {_share(drift[name])}" for name in ("predicted", "measured") if drift[name] is not None]
+    fitted = [f"{_share(drift['without_calibration'])} uncalibrated"] if "without_calibration" in drift else []
+    return ", ".join([f"drift {told[0]}" if told else "drift without bound", *told[1:], *fitted])
+
+
+def _share(number: float | None) -> str:
+    return "without bound" if number is None else f"{number:.3g}"
 
 
 def _reasons(reasons: tuple[Reason, ...]) -> str:
@@ -164,6 +178,8 @@ def _rewrite(rewrite: Rewrite, verbose: bool) -> list[Section]:
         )
     )
     found = _sites(rewrite.sites, verbose)
+    if rewrite.approximation is not None and not rewrite.exact:
+        found.append(_approximation(rewrite.approximation))
     found.append(Section("Parameters", ("role", "before", "after", "change"), rows, _COUNTS))
     if rewrite.validation is not None:
         found += _comparison(rewrite.validation, verbose)
@@ -172,6 +188,16 @@ def _rewrite(rewrite: Rewrite, verbose: bool) -> list[Section]:
     if rewrite.lints:
         found.append(Section("In ONNX Runtime", ("code", "message", "where"), rewrite.lints))
     return [*found, *_written(rewrite.outputs)]
+
+
+def _approximation(approximation: "Approximation") -> Section:
+    stated = approximation.to_dict()
+    rows = [("norms, the worst, predicted", _share(stated["predicted"]))]
+    if approximation.outputs is not None:
+        rows.append(("norms, the worst, measured", _share(stated["measured"])))
+        rows += [(f"output {each['name']}", _share(each["measured"])) for each in stated["outputs"]]
+    note = f"relative L2, on {stated['data']}; the result does not compute what the model did"
+    return Section("Approximate: drift", ("of", "drift"), tuple(rows), frozenset(["drift"]), note)
 
 
 def _restoration(restoration: Restoration, verbose: bool) -> list[Section]:
