@@ -22,6 +22,7 @@ import numpy as np
 
 from normtool.centring import targets
 from normtool.centring.facts import Centre, Centring, Fact, Facts, Solution, Writer
+from normtool.centring.places import Place, whole
 from normtool.centring.proof import CentreStep, NormStep, OpStep, Relation, Step, TableStep, prove
 from normtool.centring.steps import Before
 from normtool.centring.values import Centred, RowWise, zeros_like
@@ -390,9 +391,15 @@ class _Swapper:
             ]
             if all(edits):
                 stored = [edit for edit in edits if edit is not None]
+                before = region_of(self.draft, self.constants, form.ops)
                 self._carry_out(stored)
+                after = region_of(self.draft, self.constants, form.ops)
                 path = tuple(dict.fromkeys(edit.op for edit in stored))
                 self._note(SwapFold(path, (), tuple(stored), ()), form)
+                place = self._place_of(form)
+                refit = self._refit_of(form)
+                step = NormStep(form.y.name, form.x, place, before, form.x, after, refit=refit)
+                self.shown_by[path] = [step]
                 self.now[form] = self._as_it_is(form)
                 del self.fitted[form]
 
@@ -477,10 +484,11 @@ class _Swapper:
                 region_of(self.draft, self.constants, self.draft.grafted[graft]),
                 (*steps.entering(was.x, centres.get(now.x)), *_without_mean(how)),
                 steps.leaving(was.y),
-                self._refit_of(form, how),
+                self._refit_of(form) if form in self.fitted else None,
             )
             around = {op for fact in how.path for op in _ops_beside(self.draft, fact.tensor)}
-            self.shown_by[fold.path] = [swapped, *(after[op] for op in after if op in around)]
+            refitted = self.shown_by.get(fold.path, [])
+            self.shown_by[fold.path] = [*refitted, swapped, *(after[op] for op in after if op in around)]
             folds[form] = fold
         self.shown_by[()] = list(after.values())
         return folds
@@ -546,15 +554,18 @@ class _Swapper:
         self._note(fold, form)
         return fold, graft
 
-    def _refit_of(self, form: NormForm, how: Centring) -> tuple[Array, Array] | None:
-        """What γ and β by other numbers make of y, where the norm did not have them yet."""
-        if form not in self.fitted:
-            return None
+    def _refit_of(self, form: NormForm) -> tuple[Array, Array]:
+        """What γ and β by other numbers make of y: a·y + c."""
         a, b = self.dropped[form].fit or (np.ones(1), np.zeros(1))
-        c = self._beta(form) + self._gamma(form) * b - a * self._beta(form)
-        rank = self.draft.rank(form.x)
+        gamma, beta = self._gamma(form), self._beta(form)
+        how, rank = _uncentred(Fact(form.x, self._place_of(form))), self.original.rank(form.x)
         assert rank is not None
-        return self._laid_out(a, how, rank), self._laid_out(c, how, rank)
+        return self._laid_out(a, how, rank), self._laid_out(beta + gamma * b - a * beta, how, rank)
+
+    def _place_of(self, form: NormForm) -> Place:
+        place = whole(form.x, form.axes)
+        assert place is not None
+        return place
 
     def _way_back(self, form: NormForm, drop: Drop, gamma: Array, beta: Array) -> tuple[Array, Array]:
         """(s, t) with which γ and β as they are now give those that the norm is to have: s·γ = γ₀,

@@ -1,11 +1,12 @@
 """Runs ONNX models with norms laid open: what they read, and how far a result lies from the original there."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx import helper
 
 from normtool.destination import scratch_folder
 from normtool.drift import InputSums, PairSums, Tap, Watched
@@ -28,9 +29,8 @@ class Watch:
     time_limit: float = TIME_LIMIT
 
     def can_see(self, model: OnnxModel, tensor: Tensor) -> bool:
-        """Only tensors of the main graph whose type is known can be put out."""
-        typed = model.graph.rank(tensor) is not None and tensor.dtype is not None
-        return tensor.scope == Scope() and typed and tensor.value is None
+        """Only tensors of the main graph whose dtype is known can be put out."""
+        return tensor.scope == Scope() and tensor.dtype is not None and tensor.value is None
 
     def inputs(self, model: OnnxModel, norms: Sequence[Watched]) -> list[InputSums]:
         """What norms read, summed up in one pass over the data.
@@ -39,7 +39,8 @@ class Watch:
         that do not fit it).
         """
         with scratch_folder() as folder:
-            path = _laid_open(model, folder, "model", (norm.tensor for norm in norms))
+            known = _by_name(model)
+            path = _laid_open(model, folder, "model", {norm.tensor: known[norm.tensor] for norm in norms})
             watch = {"norms": [vars(norm) for norm in norms]}
             found = self._watched(folder, model, [Run("the model", path)], watch)
         sums = [InputSums.of(norm) for norm in norms]
@@ -50,10 +51,12 @@ class Watch:
     def pair(self, before: OnnxModel, after: OnnxModel, taps: Sequence[Tap]) -> PairSums:
         """How far two models differ at norms and at outputs. Raises what `inputs` raises."""
         names = [output.name for output in before.proto.graph.output]
+        known = _by_name(before)
+        ours, theirs = ({getattr(tap, who): known[tap.before] for tap in taps} for who in ("before", "after"))
         with scratch_folder() as folder:
             runs = [
-                Run("the model", _laid_open(before, folder, "before", (tap.before for tap in taps))),
-                Run("the result", _laid_open(after, folder, "after", (tap.after for tap in taps))),
+                Run("the model", _laid_open(before, folder, "before", ours)),
+                Run("the result", _laid_open(after, folder, "after", theirs)),
             ]
             arrays = {f"{i}.{k}": getattr(tap, k) for i, tap in enumerate(taps) for k in ("s", "t", "bias")}
             np.savez(folder / "taps.npz", **arrays)
@@ -96,11 +99,22 @@ class Watch:
         return {**none, "input_sets": [], "attempts": [[spec.to_dict() for spec in specs] for specs in tried]}
 
 
-def _laid_open(model: OnnxModel, folder: Path, name: str, tensors: Iterable[str]) -> Path:
-    """The model on disk with more outputs, behind its own."""
+def _by_name(model: OnnxModel) -> dict[str, Tensor]:
+    return {tensor.name: tensor for tensor in model.graph.tensors if tensor.scope == Scope()}
+
+
+def _laid_open(model: OnnxModel, folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Path:
+    """The model on disk with more outputs, behind its own: by name, of the dtypes that these tensors have.
+
+    Nobody infers what an RMSNorm of ONNX Runtime's own puts out; it is what the LayerNorm did.
+    """
     there = {each.name for each in (*model.proto.graph.output, *model.proto.graph.input)}
-    path = folder / f"{name}.onnx"
-    opened = variant(model, {}, outputs=dict.fromkeys(each for each in tensors if each not in there))
+    path, opened = folder / f"{name}.onnx", variant(model, {})
+    for each, tensor in tensors.items():
+        if each not in there:
+            assert tensor.dtype is not None
+            data_type = helper.np_dtype_to_tensor_dtype(tensor.dtype)
+            opened.proto.graph.output.append(helper.make_tensor_value_info(each, data_type, None))
     with staged(opened, path, force=True, temporary=True) as stage:
         stage.commit()
     return path
