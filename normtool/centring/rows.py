@@ -365,9 +365,14 @@ def _mean_ahead(call: Call) -> Answer:
     return {"y": call.place.moved(-sum(axis < call.place.start for axis in axes))}
 
 
-def _window(answer: Callable[[Call], Answer]) -> Callable[[Call], Answer]:
+def _works_along(call: Call, slot: str) -> Blocked:
+    """Refused behind the op (`slot` is what it reads), and ahead of it (what it puts out)."""
+    return call.observes() if slot == "y" else call.blocked("works along that axis", "axis_mismatch")
+
+
+def _window(slot: str) -> Callable[[Call], Answer]:
     """Averages over positions, where the block lies among the channels: padding with 0 is centred."""
-    return lambda call: answer(call) if call.place.stop <= 2 else call.observes()
+    return lambda call: {slot: call.place} if call.place.stop <= 2 else _works_along(call, slot)
 
 
 def _resize(slot: str) -> Callable[[Call], Answer]:
@@ -377,8 +382,8 @@ def _resize(slot: str) -> Callable[[Call], Answer]:
         cropped = call.constants.attribute(call.op, "coordinate_transformation_mode") == "tf_crop_and_resize"
         shape = before.shape if before is not None else None
         if cropped or shape is None or after is None or known_lengths(shape[own]) is None:
-            return call.observes()
-        return {slot: call.place} if shape[own] == after[own] else call.observes()
+            return _works_along(call, slot)
+        return {slot: call.place} if shape[own] == after[own] else _works_along(call, slot)
 
     return answer
 
@@ -418,7 +423,7 @@ def _roll(slot: str) -> Callable[[Call], Answer]:
         rank = call.rank("x")
         axes = None if rank is None else call.axes("axes", rank)
         elsewhere = axes and not axes & set(range(call.place.start, call.place.stop))
-        return {slot: call.place} if elsewhere else call.observes()
+        return {slot: call.place} if elsewhere else _works_along(call, slot)
 
     return answer
 
@@ -453,9 +458,9 @@ _BEHIND: Mapping[str, Callable[[Call], Answer]] = {
     "split": _split_behind,
     "reduce_mean": _mean_behind,
     "reduce_sum": _mean_behind,
-    "average_pool": _window(_same("x")),
-    "global_average_pool": _window(_same("x")),
-    "adaptive_average_pool": _window(_same("x")),
+    "average_pool": _window("x"),
+    "global_average_pool": _window("x"),
+    "adaptive_average_pool": _window("x"),
     "resize": _resize("x"),
     "pad": _pad_behind,
     "roll": _roll("x"),
@@ -474,9 +479,9 @@ _AHEAD: Mapping[str, Callable[[Call], Answer]] = {
     "concat": _concat_ahead,
     "reduce_mean": _mean_ahead,
     "reduce_sum": _mean_ahead,
-    "average_pool": _window(_same("y")),
-    "global_average_pool": _window(_same("y")),
-    "adaptive_average_pool": _window(_same("y")),
+    "average_pool": _window("y"),
+    "global_average_pool": _window("y"),
+    "adaptive_average_pool": _window("y"),
     "resize": _resize("y"),
     "pad": _pad_ahead,
     "roll": _roll("y"),
