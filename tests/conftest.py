@@ -1,10 +1,11 @@
 """Fixtures: the corpus of real models, the command line as a user runs it."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,27 @@ def normtool() -> Run:
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
 
     return run
+
+
+@functools.cache
+def _translations() -> Callable[..., Any]:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    original: Callable[..., Any] = ONNXRegistry.from_torchlib
+    return functools.cache(original)
+
+
+@pytest.fixture(scope="module")
+def translations_read_once() -> Iterator[None]:
+    """The exporter reads its 500 translations again for every export, half of the work for a small model.
+
+    In the processes that `test_cli_torch` and `test_docs` start it does as it does for a user.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_translations()))
+        yield
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import functools
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normtool
@@ -38,6 +37,8 @@ NOISE = 32
 
 #: A tenth more of any γ or β changes the output by this at least.
 VISIBLE = 2e-4
+
+pytestmark = pytest.mark.usefixtures("translations_read_once")
 
 Inputs = tuple[Tensor, ...]
 Outputs = list[Tensor]
@@ -147,15 +148,6 @@ class Case:
             exported = torch.onnx.export(module, inputs, dynamo=True, optimize=False, verbose=False)
         model: onnx.ModelProto = exported.model_proto
         return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_registry() -> Iterator[None]:
-    """The exporter reads its 500 translations again for every export, which is half of the work for a block."""
-    original = ONNXRegistry.from_torchlib
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(original)))
-        yield
 
 
 @functools.cache

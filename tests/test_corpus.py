@@ -211,6 +211,7 @@ def _runs_and_folds(entry: Entry) -> bool:
 NOTHING_TO_SHOW = ("light_inception_v2.onnx", "light_resnet50.onnx")
 
 
+@pytest.mark.usefixtures("worker_in_this_process")
 @pytest.mark.parametrize("entry", corpus_cases(lambda entry: entry["file"].endswith(NOTHING_TO_SHOW)))
 def test_what_cannot_be_shown_is_not_called_equal(entry: Entry) -> None:
     comparison = normtool.fold(_path(entry)).validation
@@ -224,6 +225,7 @@ def _shows(entry: Entry) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("worker_in_this_process")
 @pytest.mark.parametrize("entry", corpus_cases(_shows))
 def test_what_is_folded_validates_equal(entry: Entry) -> None:
     result = normtool.fold(_path(entry), freeze=entry["id"] == OVERRIDABLE)

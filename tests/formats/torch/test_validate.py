@@ -25,7 +25,7 @@ from tests.formats.torch.architectures import ARCHITECTURES, Architecture
 HAS_GPU = torch.cuda.is_available()
 
 
-pytestmark = pytest.mark.usefixtures("worker_in_this_process")
+pytestmark = pytest.mark.usefixtures("worker_in_this_process", "translations_read_once")
 
 
 # ---- models ---------------------------------------------------------------------------------------------
@@ -732,10 +732,18 @@ def test_cuda_is_used_without_tf32():
 
 # ---- real architectures ---------------------------------------------------------------------------------
 
-SOME = ["resnet", "mobilenet_v2", "convnext", "levit", "bert", "llama", "t5", "wav2vec2", "detr"]
+SOME = ["resnet", "bert", "t5"]
+LONG = ["mobilenet_v2", "convnext", "levit", "llama", "wav2vec2", "detr"]
 
 
-@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.name in SOME], ids=str)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(a, id=a.name, marks=[pytest.mark.long] if a.name in LONG else [])
+        for a in ARCHITECTURES
+        if a.name in {*SOME, *LONG}
+    ],
+)
 def test_a_transformers_model_equals_its_program(architecture: Architecture):
     module, example = architecture.make(), Example(kwargs=architecture.inputs())
     opened_module = read_module(module, example)
