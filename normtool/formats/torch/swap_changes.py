@@ -156,7 +156,7 @@ class _Reader:
             return
         call, path = found
         x = part.inputs["x"]
-        entered = self._uncentred(x)
+        entered = self._entered(ops)
         shape = x.shape if isinstance(x, Tensor) else None
         own = shape[part.attributes["axis"] :] if shape is not None and part.kind == "rms_norm" else ()
         lengths = tuple(n for n in own if isinstance(n, int))
@@ -171,11 +171,13 @@ class _Reader:
         heir = RmsNorm(lengths, part.attributes["epsilon"], weight, bias)
         self.changes.norms.append(NormCall(fold, graft, ops, entered, path, call, heir))
 
-    def _uncentred(self, x: Any) -> Tensor | None:
-        """What a norm reads in the user's graph, where a Centre has come between."""
-        while isinstance(x, Tensor) and isinstance(x.source, tuple) and isinstance(x.source[0], Graft):
-            x = x.source[0].tensor
-        return x if isinstance(x, Tensor) and x in self.graph.nodes else None
+    def _entered(self, ops: Sequence[Op]) -> Tensor | None:
+        """What a norm reads in the user's graph that flows there, if that is one tensor."""
+        made = {tensor for op in ops for tensor in self.graph.outputs(op).values()}
+        read = {tensor: None for op in ops for tensor in self.graph.inputs(op).values() if tensor not in made}
+        constants = self.resolver.constants
+        flowing = [tensor for tensor in read if isinstance(constants.value(tensor), Reason)]
+        return flowing[0] if len(flowing) == 1 else None
 
     def _whole_module(self, ops: Sequence[Op]) -> tuple[str, str] | Reason:
         """The innermost call that holds these ops, and the path of its module, which does nothing else."""

@@ -137,6 +137,8 @@ class _Flow:
         for op in reversed(self.graph.ops):
             tensors = list(self.graph.outputs(op).values())
             reads = [(read, tensor) for tensor in tensors for read in self.graph.readers(tensor)]
+            if op in self.norm_ops or op in self.gone_ops:
+                continue
             if reads and all(read.op in dead or self._dropped(read, tensor) for read, tensor in reads):
                 dead.add(op)
         return dead
