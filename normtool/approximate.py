@@ -32,8 +32,9 @@ from normtool.swapping import Drop, SwapFold, SwapPlan, beta_of, form_of, gamma_
 class Drift:
     """One norm's: relative L2, of what it puts out without β.
 
-    `predicted` of the result as it is written, `without_fit` of one that keeps γ and β, `measured` in the whole
-    model, where what comes before has drifted too. `rho` is over the `rows` that are not `flat`.
+    `predicted` of the result as it is written: from ρ, or what is left of a fit; `without_fit` of one that keeps
+    γ and β, on the same samples; `measured` in the whole model, where what comes before has drifted too. `rho` is
+    over the `rows` that are not `flat`.
     """
 
     rho: float
@@ -189,8 +190,9 @@ def _as_they_are(exact: SwapPlan, base: Any) -> Iterator[tuple[int, NormForm]]:
 def _drift(seen: InputSums, fit: tuple[Any, Any] | None, constants: Constants, form: NormForm) -> Drift:
     if fit is None:
         return Drift(seen.rho, seen.predicted, seen.rows, seen.flat)
-    predicted = seen.predicted_after(*fit, np.asarray(gamma_of(constants, form), np.float64))
-    return Drift(seen.rho, predicted, seen.rows, seen.flat, without_fit=seen.predicted)
+    gamma = np.asarray(gamma_of(constants, form), np.float64)
+    as_it_is = seen.predicted_after(np.ones(1), np.zeros(1), gamma)
+    return Drift(seen.rho, seen.predicted_after(*fit, gamma), seen.rows, seen.flat, without_fit=as_it_is)
 
 
 def _warnings(seen: InputSums, form: NormForm, calibrated: bool) -> Iterator[Reason]:
