@@ -12,7 +12,7 @@ through is either a Centre that is put in or a norm that is given up. (Picard, "
 1976: project selection.)
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
@@ -402,9 +402,19 @@ class Facts:
                 found.append(failing[fact])
                 continue
             source = self.source(fact)
-            stack += [each for _, each in source.facts] if isinstance(source, Source) else []
+            if isinstance(source, Source):
+                found += self._copies(source)
+                stack += [each for _, each in source.facts]
         message = "a Centre op would cost more than the swap gains"
         return (*dict.fromkeys(found), Reason("no_centre_gain", message, wanted.tensor.name))
+
+    def _copies(self, source: Source) -> Iterator[Reason]:
+        """Constants that would have to be stored twice."""
+        for writer in source.writers:
+            tensor, added = self.graph.input(writer.op, writer.slot), writer.copied_bytes
+            if added and tensor is not None:
+                message = f"{tensor.name!r} is read elsewhere too, and a copy would add {added:,} bytes"
+                yield Reason("shared_parameter", message, tensor.name)
 
 
 def _is_scaled(source: Source | Blocked) -> bool:
