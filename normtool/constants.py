@@ -82,6 +82,9 @@ class Constants:
             return Reason("dynamic_weight", f"{tensor.name!r} is computed by {op.spelling}", op.name)
         if depth > MAX_DEPTH:
             return Reason("dynamic_weight", f"{tensor.name!r} is computed too deeply", op.name)
+        if op.scope.function and any(stated is None for stated in op.attributes.values()):
+            message = f"the caller of the function says how {op.spelling} computes {tensor.name!r}"
+            return Reason("dynamic_weight", message, op.name)
         try:
             inputs = self._operands(op, depth)
             return inputs if isinstance(inputs, Reason) else Dense(compute(self, op, inputs))
@@ -150,7 +153,7 @@ def _size(constants: Constants, op: Op, inputs: Inputs) -> Array:
 def _range(constants: Constants, op: Op, inputs: Inputs) -> Array:
     start, limit, delta = (inputs[slot].reshape(()) for slot in ("start", "limit", "delta"))
     _bound((max(0, int(np.ceil((limit - start) / delta))),))
-    return np.arange(start, limit, delta, inputs["start"].dtype)
+    return np.asarray(np.arange(start, limit, delta, inputs["start"].dtype))  # type: ignore[call-overload]
 
 
 def _constant_of_shape(constants: Constants, op: Op, inputs: Inputs) -> Array:

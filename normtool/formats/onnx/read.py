@@ -28,7 +28,8 @@ from normtool.formats.onnx.model import OnnxModel
 from normtool.formats.onnx.tensors import DataFile, ProtoValue, TensorReader, dtype_of
 from normtool.graph import ModelGraph, Op, Role, Scope, Shape, Tensor
 from normtool.norms import NORMS
-from normtool.ops import UNKNOWN, find_spelling, slot_name
+from normtool.ops import CALL, UNKNOWN, find_spelling, slot_name
+from normtool.shapes import fill_in
 from normtool.values import Array, element_count
 
 #: onnx infers shapes call by call, and nested functions multiply.
@@ -46,9 +47,6 @@ _LARGEST_AXIS = 1 << 16
 
 #: What onnx's own C++ raises about a model it does not like.
 _ONNX_COMPLAINTS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
-
-#: Kind of a call of a function that the model itself defines.
-CALL = "call"
 
 #: (domain, name, overload)
 Function = tuple[str, str, str]
@@ -239,9 +237,10 @@ class _Builder:
         for key, function in self.functions.items():
             self._add_function(key, function)
         try:
-            self.graph.sorted_ops()
+            ops = self.graph.sorted_ops()
         except nx.NetworkXUnfeasible:
             raise UnreadableModel("the graph has a cycle") from None
+        fill_in(self.graph, ops)
         self._say_unrecognised()
         return self.graph
 
