@@ -463,6 +463,41 @@ def test_the_program_given_is_not_touched() -> None:
     assert torch.equal(program.module()(x), before)
 
 
+def test_a_module_stays_the_users_own_class() -> None:
+    module, x = perturbed(_PostLN()).eval(), torch.randn(8, LENGTH, WIDTH)
+    before = module(x).detach()
+    result = approximate(module, x, calibrate=samples())
+    (drift,) = drifts(result).values()
+    assert drift["measured"] == pytest.approx(drift["predicted"], rel=1e-4)
+    assert type(result.model) is _PostLN
+    assert isinstance(module.norm, nn.LayerNorm)
+    assert torch.equal(module(x), before)
+    assert not torch.allclose(result.model(x), before, atol=1e-3)
+
+
+def test_in_place_is_what_was_asked_for_though_it_is_not_equal() -> None:
+    module, x = perturbed(_PostLN()).eval(), torch.randn(8, LENGTH, WIDTH)
+    result = approximate(module, x, inplace=True)
+    assert result.validation is not None
+    assert result.validation.verdict == "different"
+    assert not isinstance(module.norm, nn.LayerNorm)
+    assert drifts(result)["norm"]["measured"] > 0
+
+
+def test_a_program_on_the_command_line(normtool: Run, tmp_path: Path) -> None:
+    program, _ = _program(torch.float32)
+    torch.export.save(program, tmp_path / "model.pt2")
+    np.savez(tmp_path / "samples.npz", **samples(16))
+    out, options = tmp_path / "out.pt2", ("--mode", "approximate", "--calibrate", tmp_path / "samples.npz")
+    done = normtool("swap", tmp_path / "model.pt2", "-o", out, *options, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    (site,) = document["sites"]
+    assert document["exact"] is False
+    assert site["drift"]["measured"] == pytest.approx(site["drift"]["predicted"], rel=1e-4)
+    torch.export.load(out).module()(torch.randn(8, LENGTH, WIDTH))
+
+
 # ---- samples ----------------------------------------------------------------------------------------
 
 
