@@ -32,9 +32,9 @@ from normtool.swapping import Drop, SwapFold, SwapPlan, beta_of, form_of, gamma_
 class Drift:
     """One norm's: relative L2, of what it puts out without β.
 
-    `predicted` of the result as it is written: from ρ, or what is left of a fit; `without_fit` of one that keeps
-    γ and β, on the same samples; `measured` in the whole model, where what comes before has drifted too. `rho` is
-    over the `rows` that are not `flat`.
+    `predicted` of the result as it is written: from ρ, or what is left of a fit; `without_fit` of one that
+    keeps γ and β, on the same samples; `measured` in the whole model, where what comes before has drifted too.
+    `rho` is over the `rows` that are not `flat`.
     """
 
     rho: float
