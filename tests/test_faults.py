@@ -98,7 +98,7 @@ def large(tmp_path_factory) -> Iterator[Callable[[str], list[Path]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("round_", [0, 1])
+@pytest.mark.parametrize("round_", [0, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("form", ["embedded", "external"])
 def test_killed_at_any_moment(large, form, round_):
     """Each run would replace one model by the other, and dies at a random moment.

@@ -41,7 +41,7 @@ LONG = {
     "dinov2 deit swinv2 whisper speecht5 gemma phi opt falcon roberta bart gpt_neox beit clap_audio patchtst "
     "vitpose dpt wav2vec2_conformer".split(),
     "folded": "d_fine rt_detr conditional_detr seamless_m4t_speech mobilevit_deeplab mobilenet_v2_deeplab "
-    "beit_upernet".split(),
+    "beit_upernet cvt parakeet vitmatte speecht5".split(),
 }
 
 
