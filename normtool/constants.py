@@ -92,17 +92,21 @@ class Constants:
             return Reason("dynamic_weight", f"{op.spelling} of constants failed: {error}", op.name)
 
     def _operands(self, op: Op, depth: int) -> dict[str, Array] | Reason:
-        """The arrays an op computes from. Shape and CastLike look at no numbers of some operands."""
-        inputs: dict[str, Array] = {}
+        """The arrays an op computes from. Shape and CastLike look at no numbers of some operands.
+
+        None is read before all are known to be constant: of a table, its indices are not.
+        """
+        values: dict[str, Value] = {}
         for slot, tensor in self.graph.inputs(op).items():
             if (op.kind, slot) in _METADATA_ONLY:
                 continue
             value = self.value(tensor, depth + 1)
             if isinstance(value, Reason):
                 return value
+            values[slot] = value
+        for value in values.values():
             _bound(value.shape)
-            inputs[slot] = to_array(value)
-        return inputs
+        return {slot: to_array(value) for slot, value in values.items()}
 
 
 def _written_out(tensor: Tensor, sparse: Value) -> Value | Reason:
