@@ -7,7 +7,7 @@ twice as far from the original in float64 as the original in float32 is.
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from onnx import version_converter
 import normtool
 from normtool.planner import Site
 from tests import swap_onnx, zoo
-from tests.swap_models import MODELS, Expected, SwapModel
+from tests.swap_faults import force
+from tests.swap_models import MODELS, Expected, SwapModel, refuse_default_initialisation
 from tests.swap_onnx import Feeds
 
 pytestmark = pytest.mark.usefixtures("worker_in_this_process")
@@ -27,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("worker_in_this_process")
 #: Agreement of two ways to compute one number in float64.
 AGREES = 1e-12
 
-BY_NAME = {model.name: model for model in MODELS}
+#: What a wrong swap moves the output by, at the least.
+DIFFERS = 1e-3
 
 
 def exported(model: SwapModel, opset: int = 18) -> onnx.ModelProto:
@@ -123,13 +125,15 @@ def check_numbers(
     return error, swap_onnx.error(truth, swap_onnx.run(result.model, inputs)) / own
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(model, id=model.name, marks=() if model.quick else [pytest.mark.long, pytest.mark.slow])
-        for model in MODELS
-    ],
-)
+def models(wanted: Callable[[SwapModel], bool] = lambda model: True) -> pytest.MarkDecorator:
+    long = [pytest.mark.long, pytest.mark.slow]
+    chosen = [
+        pytest.param(each, id=each.name, marks=[] if each.quick else long) for each in MODELS if wanted(each)
+    ]
+    return pytest.mark.parametrize("model", chosen)
+
+
+@models()
 def test_it_is_swapped_in_every_form(model: SwapModel) -> None:
     proto, inputs = exported(model), feeds_of(model)
     for name, form in forms_of(proto):
@@ -148,3 +152,38 @@ def test_it_is_swapped_in_every_form(model: SwapModel) -> None:
         print(f"{model.name}, {name}: {error:.1e} in float64, {ratio:.2f} × its own error in float32")
         assert error <= AGREES, name
         assert ratio <= 2, name
+
+
+@models(lambda model: bool(model.expected.kept))
+def test_each_refused_norm_would_be_wrong(model: SwapModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, for two that are wrong may cancel."""
+    proto = swap_onnx.widened(exported(model))
+    inputs = feeds_of(model)[:1]
+    kept = [
+        site.norm.name for site in layer_norms(normtool.swap(proto, validate=False)) if site.verdict == "kept"
+    ]
+    expected = swap_onnx.run_wide(proto, inputs)
+    force(monkeypatch)
+    for name in kept:
+        result = normtool.swap(proto, validate=False, only=(name,))
+        assert [site.norm.name for site in result.sites if site.verdict == "swapped"] == [name]
+        error = zoo.relative_error(expected, swap_onnx.run_wide(result.model, inputs))
+        print(f"{model.name}, {name}: {error:.1e}")
+        assert error >= DIFFERS, name
+
+
+@pytest.mark.parametrize(("weight", "bias", "complaint"), [(1.0, 0.5, "γ = 1"), (1.5, 0.0, "its bias is 0")])
+def test_a_norm_as_it_is_initialised_is_refused(weight: float, bias: float, complaint: str) -> None:
+    norm = torch.nn.LayerNorm(8)
+    torch.nn.init.constant_(norm.weight, weight)
+    torch.nn.init.constant_(norm.bias, bias)
+    with pytest.raises(ValueError, match=complaint):
+        refuse_default_initialisation(torch.nn.Sequential(norm))
+
+
+def test_an_embedding_without_a_mean_is_refused() -> None:
+    table = torch.nn.Embedding(4, 8)
+    with torch.no_grad():
+        table.weight -= table.weight.mean(-1, keepdim=True)
+    with pytest.raises(ValueError, match="without a mean"):
+        refuse_default_initialisation(torch.nn.Sequential(table))
