@@ -69,6 +69,7 @@ def with_outputs(model: OnnxModel, names: Sequence[str]) -> OnnxModel:
 
 
 def _read_again(model: OnnxModel, proto: onnx.ModelProto) -> OnnxModel:
+    """Another model with the same weights; no file holds it, so it has no path."""
     again = read_skeleton(proto, model.tensors, path=None, file=model.file)
-    again.external, again.path = model.external, model.path
+    again.external = model.external
     return again
