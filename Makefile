@@ -35,6 +35,7 @@ bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/start_up.py
 	$(BIN)/python -m tests.benchmarks.fold_modules
 	$(BIN)/python tests/benchmarks/many_ops.py
+	$(BIN)/python -m tests.benchmarks.swap_cost
 	$(BIN)/python -m tests.benchmarks.what_remains
 	$(BIN)/python -m tests.benchmarks.swap_speed
 
