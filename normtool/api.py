@@ -22,7 +22,6 @@ from normtool.planner import AFFINE, Plan, Progress, Site
 from normtool.reasons import APPROXIMATED, FOLDED, LOWERED, RESTORED, SWAPPED
 from normtool.results import SCHEMA, ModelResult, verbs_of
 from normtool.scanning import Scan, scan_graph
-from normtool.timing import Benchmark
 
 if TYPE_CHECKING:
     from normtool.approximate import Approximation
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from normtool.formats.onnx.model import OnnxModel
     from normtool.formats.torch.checkpoint import Checkpoint
     from normtool.formats.torch.model import TorchModel
+    from normtool.timing import Benchmark
 
 #: What `load` returns: a model whose weights stay where they are until somebody needs the numbers.
 Opened: TypeAlias = "OnnxModel | TorchModel | Checkpoint"
@@ -65,7 +65,7 @@ class Rewrite(ModelResult):
     #: what `unfold` needs, where it was asked for
     undo: dict[str, Any] | None = None
     #: how long both models take, where it was asked for
-    benchmark: Benchmark | None = None
+    benchmark: "Benchmark | None" = None
     #: how far norms without their mean drift, in mode `approximate`
     approximation: "Approximation | None" = None
     #: key of the state dict (or initializer) that the result lacks → the keys of what it held, see `key_map`
@@ -531,7 +531,7 @@ def bench(
     seconds: float = 10.0,
     threads: int | None = None,
     seed: int = 0,
-) -> Benchmark:
+) -> "Benchmark":
     """How much faster or slower is `candidate` in ONNX Runtime? `normtool.timing` says how that is measured.
 
     Both are ONNX models, and run as users run them: with every optimisation, and `threads` threads (None: as
@@ -544,7 +544,7 @@ def bench(
     return bench_models(load(reference, inputs), load(candidate, inputs), inputs, **options)
 
 
-def bench_models(reference: Opened, candidate: Opened, inputs: Inputs = None, **options: Any) -> Benchmark:
+def bench_models(reference: Opened, candidate: Opened, inputs: Inputs = None, **options: Any) -> "Benchmark":
     """`bench` of models that are open."""
     for opened in (reference, candidate):
         need_onnx(opened)
