@@ -55,7 +55,7 @@ class Conversion(ModelResult):
 
     @property
     def folded(self) -> int:
-        return sum(site.fold is not None for site in self.sites)
+        return sum(site.fold is not None and site.verdict != KEPT for site in self.sites)
 
     @property
     def opened(self) -> OnnxModel | TorchModel:

@@ -51,7 +51,8 @@ class Replace:
 class Insert:
     """Put an op behind `tensor`: it reads it at `slot`, and whoever read it reads the op's output instead.
 
-    `constants` fill its other slots; their `op` is the producer of `tensor`, in whose scope they lie.
+    `constants` fill its other slots; their `op` is one in whose scope they lie, the producer of `tensor` or the
+    op whose numbers they are.
     """
 
     tensor: Tensor

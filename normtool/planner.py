@@ -6,7 +6,7 @@ of the graph one after the other, so that each sees what the last has left.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +19,7 @@ from normtool.constants import Constants
 from normtool.detect import find_norms
 from normtool.draft import Draft
 from normtool.edits import Copy, Edit, Graft, Insert, Rebind, Replace, Splice, consolidated
-from normtool.graph import ModelGraph, Op
+from normtool.graph import ModelGraph, Op, Tensor
 from normtool.merging import Merged, Merger
 from normtool.norms import NORMS, Norm
 from normtool.options import FoldOptions
@@ -29,9 +29,10 @@ from normtool.reasons import FOLDED, KEPT, LOWERED, Reason
 from normtool.rules import all_rules
 from normtool.rules.batch_norm import inference_affine
 from normtool.rules.elementwise import channel_axis, constant_map
+from normtool.rules.joining import channels_of_parts
 from normtool.rules.lowering import lowering_edits
-from normtool.travel import Absorb, Merge, Stop
-from normtool.values import EXTENDED, byte_count
+from normtool.travel import Absorb, Merge, Operands, Pass, Stop
+from normtool.values import EXTENDED, Dense, byte_count
 from normtool.walk import Stopped, Surroundings, Walk
 
 #: Below this the operators themselves meant something else (broadcast attributes, training by default).
@@ -141,8 +142,12 @@ Attempt = Callable[[], "Walk | Fold"]
 #: The ops of a fold in dataflow order.
 Path = tuple[Op, ...]
 
-#: The same for every plan of one graph, whose edits make ops of their own: what each stands for, and its kind.
-Key = tuple[tuple[Op, str], ...]
+#: What a fold leaves where ops were or beside them: (class of the edit, kind of the op).
+Outline = tuple[tuple[str, str], ...]
+
+#: The same for every plan of one graph, whose edits make ops of their own: what each op of the path stands for,
+#: and its kind; and what is left there, since one path may be folded in several ways.
+Key = tuple[tuple[tuple[Op, str], ...], Outline]
 
 #: Looks at all folds together and objects to those that a format cannot carry out: path → reasons.
 Review = Callable[[Sequence[Fold]], Mapping[Path, tuple[Reason, ...]]]
@@ -202,7 +207,7 @@ def _proved(made: Plan, proofs: dict[Any, Proof]) -> Plan:
     before: dict[Any, tuple[Path, ...]] = {}
     for fold in made.folds:
         # the same fold, after the same folds of the same ops, is the same
-        key = (fold.path, tuple(before.get(op, ()) for op in fold.path))
+        key = (fold.path, outline(fold.edits), tuple(before.get(op, ()) for op in fold.path))
         if key not in proofs:
             proofs[key] = prove(fold.steps, fold.edits)
         shown[fold] = replace(fold, proof=proofs[key])
@@ -210,6 +215,12 @@ def _proved(made: Plan, proofs: dict[Any, Proof]) -> Plan:
             before[op] = (*before.get(op, ()), fold.path)
     sites = tuple(replace(site, fold=shown[site.fold]) if site.fold else site for site in made.sites)
     return replace(made, sites=sites, folds=tuple(shown.values()))
+
+
+def outline(edits: Iterable[Edit]) -> Outline:
+    """What edits leave: a Conv takes a shift in as a constant of every position, or an Add stays behind it."""
+    left = (edit for edit in edits if not isinstance(edit, Rebind | Splice))
+    return tuple((type(edit).__name__, getattr(edit, "kind", "")) for edit in left)
 
 
 class Planner:
@@ -241,6 +252,8 @@ class Planner:
         self.took_in: set[Op] = set()
         #: op that is gone → the fold that took it
         self.folded: dict[Op, Fold] = {}
+        #: norm of which a smaller one stays → that, and why
+        self.shrunk: dict[Op, tuple[Insert, tuple[Reason, ...]]] = {}
         #: op → why the sum of branches that it is part of stays
         self.unmerged: dict[Op, tuple[Reason, ...]] = {}
         #: path of a fold → what it took from a norm that stays; tried last, if several were
@@ -260,7 +273,10 @@ class Planner:
         left = [norm for norm in order if not reasons[norm]]
         done, chains, stage = len(norms) - len(left), [], 0
         # what goes backward leaves nothing behind; then branches merge, which takes what could only go halfway
-        stages = (self._backward_ways, self._forward_ways, self._shift_ways, self._costly_ways)
+        stages = (
+            *(self._backward_ways, self._forward_ways, self._shift_ways),
+            *(self._partial_ways, self._costly_ways),
+        )
         while stage < len(stages):
             made = len(self.folds)
             if stage == 1:
@@ -286,6 +302,10 @@ class Planner:
         if fold is None:
             unmerged = self.unmerged.get(norm.op, ()) if norm.op is not None else ()
             return Site(norm, KEPT, tuple(dict.fromkeys((*unmerged, *reasons))))
+        if norm.op in self.shrunk:
+            smaller, why = self.shrunk[norm.op]
+            if self.graph.current(self.graph.put_in[smaller]) is not None:  # no other fold took it along
+                return Site(norm, KEPT, why, fold)
         if norm.op in self.lowered or norm in self.stripped:
             return Site(norm, LOWERED if norm.op in self.lowered else FOLDED, reasons, fold)
         return Site(norm, FOLDED, fold=fold)
@@ -352,6 +372,13 @@ class Planner:
         yield lambda: self._leaving_shift(op, ahead=False)
         yield lambda: self._leaving_shift(op, ahead=True)
 
+    def _partial_ways(self, op: Op) -> Iterator[Attempt]:
+        """Behind a Concat: all parts but one take their share in, and a smaller norm stays on that one."""
+        entered = self.graph.input(op, "x")
+        concat = self.graph.producer(entered) if entered is not None else None
+        if concat is not None and concat.kind == "concat":
+            yield lambda: self._leaving_part(op, concat)
+
     def _costly_ways(self, op: Op) -> Iterator[Attempt]:
         """What the user has to ask for: more work for fewer norms, or other ops in their place."""
         if self.options.duplicate:
@@ -387,14 +414,13 @@ class Planner:
         if tensor is None or maker is None or rule is None or maker.scope != op.scope:
             raise Stopped()
         wanted = {"y": merge.inner}
-        if not isinstance(rule.backward(self.constants, maker, wanted), Absorb):
+        answer = rule.backward(self.constants, maker, wanted)
+        if not isinstance(answer, Absorb):
             raise Stopped()
-        path = (maker, op)
-        if self.key(path) in self.forbidden:
-            raise Stopped(*self.forbidden[self.key(path)])
+        path, copy = (maker, op), Copy(maker, op, merge.slot)
+        self._check_allowed(path, (copy, *answer.edits))
         before = region_of(self.graph, self.constants, path)
         source = next(iter(before[0][0].data.values()))
-        copy = Copy(maker, op, merge.slot)
         self.carry_out([copy])
         twin = self.graph.put_in[copy]
         absorbed = rule.backward(self.constants, twin, wanted)
@@ -449,6 +475,52 @@ class Planner:
         walk = Walk(self.around)
         walk.leave_shift(op, merge, ahead)
         return walk
+
+    def _leaving_part(self, op: Op, concat: Op) -> Fold:
+        """With two parts that stay there would be more norms than before, so there it stays whole."""
+        merge, places = self._own_map(op), channels_of_parts(self.constants, concat, 1)
+        rule = self.around.rule(concat)
+        answer = rule.backward(self.constants, concat, {"y": merge.inner}) if rule is not None else None
+        if not isinstance(answer, Pass) or places is None or len(answer.inputs) < 2:
+            raise Stopped()
+        stays: dict[str, tuple[Reason, ...]] = {}
+        for slot, affine in answer.inputs.items():
+            alone = Walk(self.around)
+            try:
+                alone.start_at(concat, {slot: affine})
+                alone.grow()
+            except Stopped as stopped:
+                stays[slot] = stopped.reasons
+            if len(stays) > 1:
+                break
+        if len(stays) != 1:
+            raise Stopped(*(reason for reasons in stays.values() for reason in reasons))
+        ((slot, reasons),) = stays.items()
+        tensor = self.graph.input(concat, slot)
+        maker = self.graph.producer(tensor) if tensor is not None else None
+        if tensor is None or maker is None or answer.inputs[slot].s.size != len(places[slot]):
+            raise Stopped()
+        smaller = self._smaller(op, tensor, maker, places[slot])
+        walk = Walk(self.around)
+        walk.behind[maker] = smaller
+        walk.start_backward(op, merge)
+        fold = self._fold(walk.grow())
+        own, whole = len(places[slot]), sum(map(len, places.values()))
+        message = f"{own} of its {whole} channels, {tensor.name!r}, keep a norm of their own"
+        self.shrunk[op] = smaller, (Reason("partly_folded", message, tensor.name), *reasons)
+        return fold
+
+    def _smaller(self, op: Op, tensor: Tensor, maker: Op, channels: range) -> Insert:
+        """The same BatchNorm behind `tensor`, with its channels of γ, β, μ and σ²."""
+        found = {slot: Operands(self.constants, op).value(slot) for slot in ("weight", "bias", "mean", "var")}
+        stem = tensor.name
+        constants = {
+            slot: Rebind(op, slot, Dense(value.rows(channels.start, channels.stop)), f"{stem}.{slot}")
+            for slot, value in found.items()
+            if value is not None
+        }
+        epsilon = self.constants.attribute(op, "epsilon")
+        return Insert(tensor, maker, "batch_norm", "x", constants, {"epsilon": epsilon})
 
     def _own_map(self, op: Op) -> Merge:
         """The affine map that an op is. Raises Stopped with what stands against it."""
@@ -522,8 +594,9 @@ class Planner:
 
     def _commit_merge(self, merged: Merged) -> None:
         path = tuple(sorted(merged.ops, key=self._place))
-        if self.key(path) in self.forbidden:
-            self.unmerged.update(dict.fromkeys(path, self.forbidden[self.key(path)]))
+        key = self.key(path, merged.edits)
+        if key in self.forbidden:
+            self.unmerged.update(dict.fromkeys(path, self.forbidden[key]))
             return
         before = region_of(self.graph, self.constants, path)
         source = merged.source
@@ -604,8 +677,7 @@ class Planner:
         met = sorted(walk.met, key=lambda op: self.order.get(op, 0.0))
         path = tuple(met)
         self.moved[path] = moved
-        if self.key(path) in self.forbidden:
-            raise Stopped(*self.forbidden[self.key(path)])
+        self._check_allowed(path, walk.edits)
         before = steps_of(self.graph, self.constants, walk.carried, walk.met)
         gone = tuple(edit.op for edit in walk.edits if isinstance(edit, Splice))
         self.carry_out(walk.edits)
@@ -637,9 +709,19 @@ class Planner:
         if any(op.kind == "batch_norm" for op in fold.gone):
             self.took_in.update(edit.op for edit in fold.edits if isinstance(edit, Rebind))
 
-    def key(self, path: Path) -> Key:
+    def key(self, path: Path, edits: Sequence[Edit] | None = None) -> Key:
+        """`edits` may be left out of a fold that was made."""
+        if edits is None:
+            edits = next((fold.edits for fold in reversed(self.folds) if fold.path == path), ())
         ops = tuple((self.graph.origin(op), op.kind) for op in path)
-        return (*ops, *((self.graph.origin(path[0]), part) for part in self.moved.get(path, ())))
+        parts = ((self.graph.origin(path[0]), part) for part in self.moved.get(path, ()))
+        return (*ops, *parts), outline(edits)
+
+    def _check_allowed(self, path: Path, edits: Sequence[Edit]) -> None:
+        """Raises Stopped if this fold was taken back before."""
+        reasons = self.forbidden.get(self.key(path, edits))
+        if reasons is not None:
+            raise Stopped(*reasons)
 
     def _place(self, op: Op) -> float:
         return self.order.get(op, 0.0)

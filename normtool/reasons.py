@@ -61,7 +61,8 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "FILE.npz` fits its γ and β to data. docs/approximate.md has the formula.",
     ),
     "kept": (
-        "The norm is exactly where it was. Every reason is listed beside it.",
+        "The norm is exactly where it was, or, with `partly_folded`, smaller and before a Concat. Every reason "
+        "is listed beside it.",
         "Look up the reason codes with `normtool explain CODE`.",
     ),
     # ---- the norm itself
@@ -158,6 +159,12 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
     "no_bias": (
         "An op on the way could take the scale, but has no place for the shift.",
         "Nothing: the scale moves, and the shift stays as an Add, wherever that is possible.",
+    ),
+    "partly_folded": (
+        "The norm stood behind a Concat. All inputs of that but one took in their share of its scale and shift "
+        "(`into` names them); on the channels of that one alone a smaller norm stays, before the Concat. The "
+        "reasons beside it say why that one could not.",
+        "Nothing: the function is the same, with fewer parameters and less to compute.",
     ),
     "not_selected": (
         "The norm is not among those that `--only` and `--except` choose.",

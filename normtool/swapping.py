@@ -311,9 +311,8 @@ class _Swapper:
         if gather is None or table is None or isinstance(table, Reason):
             return None
         path = (gather, *form.ops)
-        key = self.planner.key(path)
         copied = len(self.draft.readers(self.draft.inputs(gather)["table"])) > 1
-        if key in self.against.folds or (copied and byte_count(table) > TABLE_SHARE * self.model_bytes):
+        if copied and byte_count(table) > TABLE_SHARE * self.model_bytes:
             return None
         normed = RowWise(table, self._row_function(form))
         before = region_of(self.draft, self.constants, form.ops)
@@ -322,6 +321,8 @@ class _Swapper:
             edits.append(Splice(form.ops[0], "x"))
         else:
             edits.append(Graft(form.y, (Part("identity", {"x": form.x}),)))
+        if self.planner.key(path, edits) in self.against.folds:
+            return None
         self._carry_out(edits)
         added = byte_count(table) if copied else 0
         fold = SwapFold(path, form.ops, tuple(edits), (), added_bytes=added, named=(gather.name,))

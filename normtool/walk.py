@@ -14,7 +14,7 @@ import numpy as np
 
 from normtool.affine import Affine
 from normtool.constants import Constants
-from normtool.edits import Edit, Rebind, Replace, Splice
+from normtool.edits import Edit, Insert, Rebind, Replace, Splice
 from normtool.graph import GRAPH_OUTPUT, ModelGraph, Op, Read, Tensor
 from normtool.reasons import Reason
 from normtool.travel import Absorb, Answer, Answers, Merge, Pass, Rule, Stop, stop
@@ -94,6 +94,8 @@ class Walk:
         self.met: dict[Op, None] = {}
         #: tensor → who wants it in which form
         self.wanted: dict[Tensor, dict[tuple[Op, str], Affine]] = {}
+        #: op → what is put behind it, where its tensor is wanted in another form that it cannot give
+        self.behind: dict[Op, Insert] = {}
         self._backward: list[tuple[float, int, Op]] = []
         self._forward: list[tuple[float, int, Op]] = []
         self._queued: set[tuple[Op, bool]] = set()
@@ -125,6 +127,11 @@ class Walk:
             self._supply(op, "y", affine.scale)
         else:
             self._want(op, merge.slot, affine.scale)
+
+    def start_at(self, op: Op, wanted: Mapping[str, Affine]) -> None:
+        """Let `op`, which stays as it is, want these forms of what it reads."""
+        for slot, affine in wanted.items():
+            self._want(op, slot, affine)
 
     # ---- growing ----------------------------------------------------------------------
 
@@ -160,7 +167,7 @@ class Walk:
         fork.carried, fork.edits, fork.met = dict(self.carried), list(self.edits), dict(self.met)
         fork.wanted = {tensor: dict(by) for tensor, by in self.wanted.items()}
         fork._backward, fork._forward = list(self._backward), list(self._forward)
-        fork._queued, fork._ways = set(self._queued), self._ways
+        fork._queued, fork._ways, fork.behind = set(self._queued), self._ways, self.behind
         return fork
 
     def _take(self, op: Op, answer: Answer, ahead: bool) -> None:
@@ -213,8 +220,10 @@ class Walk:
                 observers += self._agree(tensor)
         wanted = self._wanted_of(op)
         rule = self.around.rule(op)
-        if op in self.around.untouchable:
-            answers: tuple[Answer, ...] = (_not_chosen(op),)
+        if op in self.behind:
+            answers: tuple[Answer, ...] = (Absorb((self.behind[op],)),)
+        elif op in self.around.untouchable:
+            answers = (_not_chosen(op),)
         elif rule is None:
             answers = (_no_rule(op, "stands in front of it"),)
         else:

@@ -234,3 +234,13 @@ def test_a_quantised_bias_is_rounded_only_on_request_and_the_error_is_stated() -
     stated = rounded.sites[0].to_dict()["proof"]["requantised"]
     assert 1e-3 < stated < 0.02  # half a step of the grid
     assert np.abs(run(rounded.model)[0] - before).max() == pytest.approx(stated, abs=1e-5)
+
+
+def test_a_module_that_takes_no_border_map_still_gives_its_scale_away() -> None:
+    """The two folds touch the same ops; that the one was refused is no reason against the other."""
+    module = checks.perturbed(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()).eval())
+    example = checks.randn(2, 3, 6, 5).float()
+    plain, asked = checks.fold(module, example), checks.fold(module, example, border_maps=True)
+    assert verdicts(plain) == verdicts(asked) == {"0": "folded"}
+    with torch.no_grad():
+        assert torch.allclose(asked.model(example), module(example), rtol=1e-4, atol=1e-5)

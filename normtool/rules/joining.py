@@ -31,13 +31,12 @@ class Concat(Rule):
             return axis
         if affine.s.size == 1 or axis not in affine.axes:
             return _to_each(constants, op, dict.fromkeys(parts, affine))
-        lengths = [_length(tensor, axis) for tensor in parts.values()]
-        if affine.s.ndim > 1 or None in lengths or sum(map(int, lengths)) != affine.s.size:  # type: ignore[arg-type]
+        places = channels_of_parts(constants, op, axis)
+        if affine.s.ndim > 1 or places is None or sum(map(len, places.values())) != affine.s.size:
             return mismatch(op, f"the parts of {op.name!r} have unknown lengths")
-        ends = np.cumsum([0, *lengths])
         maps = {
-            slot: Affine(axis, affine.s[start:end], affine.t[start:end])
-            for slot, start, end in zip(parts, ends[:-1], ends[1:], strict=True)
+            slot: Affine(axis, affine.s[own.start : own.stop], affine.t[own.start : own.stop])
+            for slot, own in places.items()
         }
         return _to_each(constants, op, maps)
 
@@ -56,6 +55,18 @@ class Concat(Rule):
             whole = joined(axis, [(carried.get(slot), n) for slot, n in lengths.items()])  # type: ignore[misc]
             return Pass(outputs={"y": whole})
         return stop("multiple_readers", op, f"{op.name!r} joins it with what carries no such map")
+
+
+def channels_of_parts(constants: Constants, op: Op, axis: int) -> dict[str, range] | None:
+    """Slot of a Concat → where its part lies in the whole; None where a length is unknown."""
+    lengths = {slot: _length(tensor, axis) for slot, tensor in _parts(constants, op).items()}
+    places, start = {}, 0
+    for slot, length in lengths.items():
+        if length is None:
+            return None
+        places[slot] = range(start, start + length)
+        start += length
+    return places
 
 
 def _parts(constants: Constants, op: Op) -> dict[str, Tensor]:

@@ -206,24 +206,29 @@ class _Rewriter:
         self.node[edit] = twin
 
     def _call(self, edit: Replace | Insert, before: fx.Node, entered: fx.Node) -> fx.Node:
-        """`entered` with new parameters: plus one, times one, or through a Conv."""
-        parameters = [self._new_constant(rebind) for rebind in edit.constants.values()]
-        for slot, parameter in zip(edit.constants, parameters, strict=True):
-            self._note(edit if isinstance(edit, Insert) else edit.op.source, slot, parameter)
-        conv = edit.kind == "conv"
-        groups = [edit.attributes["group"]] if conv else []
+        """`entered` with new parameters: plus one, times one, through a Conv or a smaller BatchNorm."""
+        given = {slot: self._new_constant(slot, rebind) for slot, rebind in edit.constants.items()}
+        for slot, placeholder in given.items():
+            self._note(edit if isinstance(edit, Insert) else edit.op.source, slot, placeholder)
+        parameters: list[Any] = list(given.values())
         rank = len(edit.attributes.get("kernel_shape", ()))
-        steps = [[1] * rank, [0] * rank, [1] * rank] if conv else []
-        targets: dict[str, Any] = {"add": torch.ops.aten.add.Tensor, "mul": torch.ops.aten.mul.Tensor}
-        target = targets.get(edit.kind) or getattr(torch.ops.aten, f"conv{rank}d").default
+        if edit.kind == "conv":
+            parameters += [[1] * rank, [0] * rank, [1] * rank, edit.attributes["group"]]
+        if edit.kind == "batch_norm":
+            operands = [given.get(slot) for slot in ("weight", "bias", "mean", "var")]
+            parameters = [*operands, False, 0.0, edit.attributes["epsilon"], False]
+        targets: dict[str, Any] = {"add": _aten.add.Tensor, "mul": _aten.mul.Tensor}
+        targets["batch_norm"] = _aten.batch_norm.default
+        target = targets.get(edit.kind) or getattr(_aten, f"conv{rank}d").default
         with self.graph.inserting_before(before):
-            made = self.graph.call_function(target, (entered, *parameters, *steps, *groups))
+            made = self.graph.call_function(target, (entered, *parameters))
         made.meta = {**before.meta, "val": _first(entered.meta.get("val"))}
         return made
 
-    def _new_constant(self, rebind: Rebind) -> fx.Node:
-        like = self._stored_beside(rebind.op)
-        return self._new_placeholder(rebind.name, self._parameter(to_tensor(rebind.value), like))
+    def _new_constant(self, slot: str, rebind: Rebind) -> fx.Node:
+        """A parameter; for the statistics of a BatchNorm a buffer."""
+        content = self._parameter(to_tensor(rebind.value), self._stored_beside(rebind.op))
+        return self._new_placeholder(rebind.name, content, buffer=slot in ("mean", "var"))
 
     def _stored_beside(self, op: Op | None) -> Tensor | None:
         """A stored tensor that an op reads: what is new there lies on the same device."""
@@ -452,8 +457,8 @@ class _Rewriter:
         new = new if new is content else new.copy_(content)
         return nn.Parameter(new.detach(), requires_grad=old.requires_grad)
 
-    def _new_placeholder(self, wish: str, parameter: nn.Parameter) -> fx.Node:
-        """A parameter of the program's own, behind the others, under a name that is free."""
+    def _new_placeholder(self, wish: str, parameter: nn.Parameter, buffer: bool = False) -> fx.Node:
+        """A parameter of the program's own, or a buffer, behind the others, under a name that is free."""
         stem = re.sub(r"[^\w.]", "_", wish)
         parent = stem.rpartition(".")[0]
         if parent in self.state or parent in self.constants:
@@ -462,16 +467,17 @@ class _Rewriter:
         while not self._is_free(target):
             number += 1
             target = f"{stem}_{number}"
-        self.state[target] = parameter
+        self.state[target] = parameter.detach() if buffer else parameter
+        kinds = (InputKind.PARAMETER, InputKind.BUFFER) if buffer else (InputKind.PARAMETER,)
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        ahead = [node for node in placeholders if self._is_parameter(node)]
+        ahead = [node for node in placeholders if self._is_stored(node, kinds)]
         where = self.graph.inserting_after(ahead[-1]) if ahead else self.graph.inserting_before(placeholders[0])
         with where:
-            node = self.graph.placeholder("p_" + target.replace(".", "_"))
+            node = self.graph.placeholder(("b_" if buffer else "p_") + target.replace(".", "_"))
         node.target = node.name  # free of the names of other nodes
         node.meta["val"] = self._fake(parameter)
         argument = TensorArgument(name=node.name)
-        self.specs[node.name] = InputSpec(InputKind.PARAMETER, argument, target)
+        self.specs[node.name] = InputSpec(kinds[-1], argument, target, persistent=True if buffer else None)
         return node
 
     def _is_free(self, target: str) -> bool:
@@ -481,8 +487,8 @@ class _Rewriter:
         nested = any(name.startswith(f"{target}.") for name in taken)
         return target not in taken and not parents & taken and not nested
 
-    def _is_parameter(self, node: fx.Node) -> bool:
-        return node.name in self.specs and self.specs[node.name].kind is InputKind.PARAMETER
+    def _is_stored(self, node: fx.Node, kinds: Sequence[InputKind]) -> bool:
+        return node.name in self.specs and self.specs[node.name].kind in kinds
 
     def _fake(self, parameter: nn.Parameter) -> torch.Tensor:
         """What torch.export notes of a tensor: its metadata, in the program's own fake mode."""
