@@ -400,6 +400,9 @@ class Facts:
             seen.add(fact)
             if fact in failing:
                 found.append(failing[fact])
+            if (refused := self.no_centre(fact.tensor)) is not None:
+                found.append(refused)
+            if fact in failing:
                 continue
             source = self.source(fact)
             if isinstance(source, Source):

@@ -455,6 +455,7 @@ def test_centre_without_a_place():
 
     result = swap(two_norms(own_code), randn(2, 4).float())
     assert verdicts(result) == ["kept", "kept"]
+    assert "no_module" in codes(result)
 
 
 def test_trial_notices_a_centre_that_is_missing(monkeypatch):
