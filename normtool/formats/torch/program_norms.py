@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from normtool.formats.torch.modules import CLASSES, SOUNDS_LIKE_A_NORM
 from normtool.formats.torch.probe import Behaviour, behaviour_of_piece
-from normtool.graph import ModelGraph, NormModule, Op, Role, Tensor
+from normtool.graph import ModelGraph, NormModule, Op, Read, Role, Tensor
 from normtool.norms import NORMS
 
 _STATISTICS = ("running_mean", "running_var")
@@ -97,7 +97,7 @@ def _probed(graph: ModelGraph, ops: list[Op]) -> Behaviour | None:
     inside = set(ops)
     read = dict.fromkeys(t for op in ops for t in graph.inputs(op).values() if graph.producer(t) not in inside)
     entering = [tensor for tensor in read if tensor.role in (Role.ACTIVATION, Role.INPUT)]
-    seen = [op for op in ops if any(each.op not in inside for each in graph.readers(graph.output(op)))]
+    seen = [op for op in ops if any(each.op not in inside for each in _readers(graph, op))]
     # x.to(x.dtype) is x itself, and the exporter lets everybody read it from there
     leaving = [op for op in seen if op.kind not in ("cast", "identity") or op is ops[-1]]
     if len(entering) != 1 or len(leaving) != 1 or not entering[0].shape:
@@ -106,6 +106,11 @@ def _probed(graph: ModelGraph, ops: list[Op]) -> Behaviour | None:
     nodes = [op.source for op in ops]
     entries = [e for node in nodes for e in node.all_input_nodes if _tensor_name(e) == entering[0].name]
     return behaviour_of_piece(_cut_out(nodes, entries[0], leaving[0].source), shape) if entries else None
+
+
+def _readers(graph: ModelGraph, op: Op) -> list[Read]:
+    """Of everything that an op puts out: a Split has several outputs."""
+    return [read for tensor in graph.outputs(op).values() for read in graph.readers(tensor)]
 
 
 def _tensor_name(node: fx.Node) -> str:
