@@ -43,6 +43,10 @@ class SwapModel:
     options: Mapping[str, Any] = field(default_factory=dict)
     #: takes a second or two where the others take ten
     quick: bool = False
+    #: of an exported program, where that is another answer: there a head is tied to the table still (the ONNX
+    #: exporter stores it once more, transposed), which so small a model does not copy; or a norm is left whose
+    #: output nobody reads
+    program: Expected | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -211,7 +215,7 @@ _POST_NORM = ("not_centrable", "scales every number of the block by another γ")
 
 MODELS: tuple[SwapModel, ...] = (
     # ---- all of them, for free
-    SwapModel("gpt2", _gpt2, _tokens(), Expected(5, 5), quick=True),
+    SwapModel("gpt2", _gpt2, _tokens(), Expected(5, 5), quick=True, program=Expected(5, 5, centres=1)),
     SwapModel(
         "opt",
         lambda: hf.OPTForCausalLM(
@@ -228,6 +232,7 @@ MODELS: tuple[SwapModel, ...] = (
         ),
         _tokens(),
         Expected(5, 5),
+        program=Expected(5, 5, centres=1),
     ),
     SwapModel(
         "vit",
@@ -273,6 +278,7 @@ MODELS: tuple[SwapModel, ...] = (
         ),
         _tokens(),
         Expected(3, 3),
+        program=Expected(3, 3, centres=1),
     ),
     SwapModel(
         "bloom",
@@ -281,6 +287,7 @@ MODELS: tuple[SwapModel, ...] = (
         ),
         _tokens(),
         Expected(6, 6, folded=1),
+        program=Expected(6, 5, centres=1),
     ),
     SwapModel(
         "stablelm_heads",
@@ -299,6 +306,7 @@ MODELS: tuple[SwapModel, ...] = (
         lambda: hf.SiglipForImageClassification(hf.SiglipConfig(vision_config=_VIT, num_labels=5)),
         _image(32),
         Expected(5, 5),
+        program=Expected(6, 6),
     ),
     SwapModel(
         "m2m_100",
@@ -350,6 +358,7 @@ MODELS: tuple[SwapModel, ...] = (
         ),
         _tokens("decoder_input_ids"),
         Expected(24, 24, centres=2),
+        program=Expected(24, 23, centres=2),
     ),
     SwapModel(
         "segformer",

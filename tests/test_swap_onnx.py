@@ -15,6 +15,7 @@ import onnx
 import pytest
 import torch
 from onnx import version_converter
+from torch.utils._pytree import tree_leaves
 
 import normtool
 from normtool.planner import Site
@@ -152,6 +153,24 @@ def test_it_is_swapped_in_every_form(model: SwapModel) -> None:
         print(f"{model.name}, {name}: {error:.1e} in float64, {ratio:.2f} × its own error in float32")
         assert error <= AGREES, name
         assert ratio <= 2, name
+
+
+@models(lambda model: not model.options)
+def test_a_program_is_swapped_alike(model: SwapModel) -> None:
+    """What torch.export makes of the same model, in float64: an ATen op for every norm."""
+    module, inputs = model.make().double(), model.inputs()
+    wide = {name: each.double() if each.is_floating_point() else each for name, each in inputs.items()}
+    with torch.no_grad():
+        program = torch.export.export(module, (), wide)
+        result = normtool.swap(program, validate=False)
+        wanted = model.program or model.expected
+        assert (len(layer_norms(result)), result.swapped) == (wanted.norms, wanted.swapped)
+        assert len(centres(result)) == wanted.centres
+        expected, got = (tree_leaves(each.module()(**wide)) for each in (program, result.model))
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(expected, got, strict=True) if isinstance(a, torch.Tensor)]
+    error = zoo.relative_error([a for a, _ in pairs], [b for _, b in pairs])
+    print(f"{model.name}, program: {error:.1e} in float64")
+    assert error <= AGREES
 
 
 @models(lambda model: bool(model.expected.kept))
