@@ -14,7 +14,7 @@ is made again without it:
    is proved of them is that they compute the same where there is no mean.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from normtool.centring.facts import Centre, Centring, Fact, Facts, Solution, Wri
 from normtool.centring.places import Place, whole
 from normtool.centring.proof import CentreStep, NormStep, OpStep, Relation, Step, TableStep, prove
 from normtool.centring.steps import Before
+from normtool.centring.tables import looked_up, normalising
 from normtool.centring.values import Centred, RowWise, zeros_like
 from normtool.constants import Constants
 from normtool.detect import find_norms
@@ -38,7 +39,6 @@ from normtool.planner import Fold, Path, Plan, Planner, Progress, Review, Site
 from normtool.proof import prove as prove_fold
 from normtool.proof import region_of
 from normtool.reasons import APPROXIMATED, FOLDED, KEPT, SWAPPED, Reason
-from normtool.rules.carriers import refusal
 from normtool.values import Array, Rounded, Value, byte_count, element_count, exact_array, is_float
 from normtool.walk import Stopped
 
@@ -194,9 +194,8 @@ class _Swapper:
         rest = [form for form in chosen if form not in self.dropped]
         tables = {form: fold for form in rest if (fold := self._into_table(form)) is not None}
         rest = [form for form in rest if form not in tables]
-        if (
-            tables
-        ):  # what such a norm put out is no norm's any more, and whoever read that may read what it read
+        if tables:
+            # what such a norm put out is no norm's any more, and whoever read that may read what it read
             self.now = {form: self._as_it_is(form) for form in forms if form not in tables}
         facts, solution, unknown = self._solved(rest)
         while self._scales_moved(facts):
@@ -213,12 +212,12 @@ class _Swapper:
             if form in tables:
                 sites.append(Site(norm, FOLDED, fold=tables[form]))
             elif form in done:
-                drop = self.dropped.get(form)
-                reasons = (*(drop.reasons if drop else ()), *self.unmoved.get(form, ()))
-                sites.append(Site(norm, APPROXIMATED if drop else SWAPPED, reasons, done[form]))
+                sites.append(self._done(norm, form, done[form]))
             else:
-                reasons = kept.get(norm) or solution.kept.get(form) or unknown.get(form, ())  # type: ignore[arg-type]
-                sites.append(Site(norm, KEPT, tuple(reasons)))
+                against = (
+                    (kept.get(norm), solution.kept.get(form), unknown.get(form)) if form else (kept.get(norm),)
+                )
+                sites.append(Site(norm, KEPT, next((reasons for reasons in against if reasons), ())))
             progress(count, len(norms))
         made = SwapPlan(
             tuple(sites),
@@ -230,6 +229,11 @@ class _Swapper:
             {numbers[form]: form for form in self.dropped},
         )
         return self._proved(made) if made.folds else made
+
+    def _done(self, norm: Norm, form: NormForm, fold: SwapFold) -> Site:
+        drop = self.dropped.get(form)
+        reasons = (*(drop.reasons if drop else ()), *self.unmoved.get(form, ()))
+        return Site(norm, APPROXIMATED if drop else SWAPPED, reasons, fold)
 
     # ---- which norms ------------------------------------------------------------------
 
@@ -306,7 +310,7 @@ class _Swapper:
 
     def _into_table(self, form: NormForm) -> Fold | None:
         """A LayerNorm of nothing but rows of a table: the table holds them normalised, and the norm goes."""
-        gather = self._looked_up(form)
+        gather = looked_up(self.constants, form)
         table = self.constants.value(self.draft.inputs(gather)["table"]) if gather is not None else None
         if gather is None or table is None or isinstance(table, Reason):
             return None
@@ -314,7 +318,7 @@ class _Swapper:
         copied = len(self.draft.readers(self.draft.inputs(gather)["table"])) > 1
         if copied and byte_count(table) > TABLE_SHARE * self.model_bytes:
             return None
-        normed = RowWise(table, self._row_function(form))
+        normed = RowWise(table, normalising(self._gamma(form), self._beta(form), form.eps or 0.0))
         before = region_of(self.draft, self.constants, form.ops)
         edits: list[Edit] = [Rebind(gather, "table", normed, f"{gather.name}.table")]
         if form.is_native:
@@ -329,33 +333,6 @@ class _Swapper:
         self.shown_by[path] = [TableStep(form.y.name, form.x, before, table, normed)]
         self.planner.folds.append(fold)  # without it, the norm may still be swapped
         return fold
-
-    def _looked_up(self, form: NormForm) -> Op | None:
-        """The embedding whose rows are all that a norm reads, and that nobody else reads."""
-        inside: set[Op] = set(form.ops)
-        tensor = form.x
-        while True:
-            op = self.draft.producer(tensor)
-            if op is None or any(read.op not in inside for read in self.draft.readers(tensor)):
-                return None
-            if op.kind == "embedding":
-                break
-            if op.kind not in ("identity", "dropout", "cast") or refusal(self.constants, op) is not None:
-                return None
-            inside, tensor = {op}, self.draft.inputs(op)["x"]
-        rank, table = self.draft.rank(tensor), self.draft.inputs(op)["table"]
-        rows = rank is not None and form.axes in ((-1,), (rank - 1,)) and self.draft.rank(table) == 2
-        return op if rows and not self.constants.attribute(op, "axis") else None
-
-    def _row_function(self, form: NormForm) -> Callable[[Array], Array]:
-        gamma, beta = self._gamma(form), self._beta(form)
-        eps = float(form.eps or 0)
-
-        def normalise(x: Array) -> Array:
-            centred = x - x.mean(axis=-1, keepdims=True)
-            return np.asarray(centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps) * gamma + beta)
-
-        return normalise
 
     def _gamma(self, form: NormForm) -> Array:
         return gamma_of(self.constants, form)
@@ -612,7 +589,7 @@ class _Swapper:
         return [step for step in self.shown_by[()] if isinstance(step, OpStep) and step.op in fold.path]
 
     def _unshown(self, fold: Fold) -> Iterator[Reason]:
-        """Ops that get another constant, and that no step speaks of: a reader of a tied table, centred with it."""
+        """Ops that get another constant, and that no step speaks of: a reader of a tied table, say."""
         spoken = {step.op for step in self.shown_by.get((), ()) if isinstance(step, OpStep)}
         spoken |= {op for form in self.now.values() for op in form.ops}
         spoken |= set(fold.path) if fold.path in self.shown_by else set()
