@@ -82,9 +82,9 @@ def written(length: Length, name: Callable[[str], str]) -> int | str | None:
 
 def is_unnamed(length: Length) -> bool:
     """Does a symbol occur in it that nobody has named?"""
-    return isinstance(length, Product) and any(
-        symbol.startswith((_UNNAMED, ONNX_UNNAMED)) for symbol in length.symbols
-    )
+    if isinstance(length, int):
+        return False
+    return any(symbol.startswith((_UNNAMED, ONNX_UNNAMED)) for symbol in length.symbols)
 
 
 def settled(length: Length, known: Mapping[str, int]) -> Length:
@@ -163,6 +163,8 @@ def broadcast(a: Length, b: Length) -> Length:
 def broadcast_shapes(shapes: Iterable[Lengths]) -> Lengths:
     result: Lengths = ()
     for shape in shapes:
+        if shape == result:
+            continue
         rank = max(len(result), len(shape))
         padded = [(1,) * (rank - len(each)) + each for each in (result, shape)]
         result = tuple(broadcast(a, b) for a, b in zip(*padded, strict=True))

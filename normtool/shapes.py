@@ -11,16 +11,15 @@ Lengths hold for every run in which no axis is empty.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from normtool.constants import COMPUTABLE, Constants
 from normtool.elements import listed
-from normtool.graph import GRAPH_OUTPUT, ModelGraph, Op, Role, Scope, Tensor
+from normtool.graph import GRAPH_OUTPUT, ModelGraph, Op, Role, Scope, Shape, Tensor
 from normtool.lengths import (
     ONNX_UNNAMED,
     Length,
     Lengths,
-    Product,
     crossed_out,
     is_unnamed,
     product,
@@ -51,14 +50,22 @@ _BEGIN = frozenset(["shape", "size"])
 def fill_in(graph: ModelGraph, ops: Sequence[Op]) -> None:
     """Give every tensor the shape that follows from what is known. `ops` are in dataflow order."""
     for _ in range(_PASSES):
-        if not any(_is_open(tensor) for tensor in graph.tensors) or not _Pass(graph, ops).run():
+        unknown = {tensor for tensor in graph.tensors if _is_open(tensor)}
+        if not unknown or not _Pass(graph, ops, unknown).run():
             return
 
 
 def _is_open(tensor: Tensor) -> bool:
     if tensor.shape is None:
         return True
-    return any(n is None or (isinstance(n, str) and n.startswith(ONNX_UNNAMED)) for n in tensor.shape)
+    for n in tensor.shape:  # plain, for it is asked of every tensor
+        if n is None or (n.__class__ is str and n.startswith(ONNX_UNNAMED)):
+            return tensor.value is None
+    return False
+
+
+def _is_input(tensor: Tensor) -> bool:
+    return tensor.role is Role.INPUT and tensor.scope == ModelGraph.MAIN
 
 
 class _Function:
@@ -76,8 +83,10 @@ class _Function:
 
 
 class _Pass:
-    def __init__(self, graph: ModelGraph, ops: Sequence[Op]) -> None:
+    def __init__(self, graph: ModelGraph, ops: Sequence[Op], unknown: Set[Tensor]) -> None:
+        """`unknown`: tensors of whose shape something is not known."""
         self.graph = graph
+        self.unknown = unknown
         self.constants = Constants(graph)
         #: what unnamed lengths have turned out to be
         self.found: dict[str, int] = {}
@@ -102,9 +111,16 @@ class _Pass:
             self._visit(op)
         for function in self.waiting:  # which grows meanwhile
             self._enter(function)
-        name = _Names(self.graph).name
-        for tensor in self._shapes:
-            self._state(tensor, name)
+        name, stated = _Names(self.unknown).name, dict[int, Shape]()
+        for tensor, shape in self._shapes.items():  # in the order of the ops
+            if tensor not in self.unknown:
+                continue
+            if _is_input(tensor):
+                self._state_input(tensor)
+                continue
+            if id(shape) not in stated:
+                stated[id(shape)] = tuple(written(settled(length, self.found), name) for length in shape)
+            tensor.shape = stated[id(shape)]
         return bool(self.found)
 
     # ---- what is known ------------------------------------------------------------------------
@@ -137,25 +153,20 @@ class _Pass:
 
     def _learn(self, tensor: Tensor, shape: Lengths) -> None:
         """Take in what follows; what the file says already stays."""
-        known = self.shape(tensor)
-        if tensor.value is not None or (known is not None and len(known) != len(shape)):
+        if tensor not in self.unknown:
             return
-        self._shapes[tensor] = shape if known is None else tuple(map(_better, known, shape))
+        known = self._shapes.get(tensor) or tensor.shape
+        if known is None:
+            self._shapes[tensor] = shape
+        elif len(known) == len(shape):
+            better = tuple(map(_better, known, shape))
+            self._shapes[tensor] = shape if better == shape else better  # shapes of a chain are one object
 
-    def _state(self, tensor: Tensor, name: Callable[[str], str]) -> None:
-        """Write it down. What is said of the model's inputs goes to users, and is left as it is."""
-        if tensor.value is not None or not _is_open(tensor):
-            return
-        shape = self.shape(tensor)
-        if shape is None:
-            return
-        if tensor.role is Role.INPUT and tensor.scope == ModelGraph.MAIN:
-            said = tensor.shape or (None,) * len(shape)
-            tensor.shape = tuple(
-                new if isinstance(new, int) else old for new, old in zip(shape, said, strict=True)
-            )
-        else:
-            tensor.shape = tuple(written(length, name) for length in shape)
+    def _state_input(self, tensor: Tensor) -> None:
+        """What is said of the model's inputs goes to users, and is left as it is but for numbers."""
+        shape = self.shape(tensor) or ()
+        pairs = zip(shape, tensor.shape or (None,) * len(shape), strict=True)
+        tensor.shape = tuple(new if isinstance(new, int) else old for new, old in pairs)
 
     # ---- op by op -----------------------------------------------------------------------------
 
@@ -164,7 +175,7 @@ class _Pass:
             self._call(op)
             return
         outputs, name = self.graph.outputs(op), name_of(op)
-        is_open = any(_is_open(tensor) for tensor in outputs.values())
+        is_open = not self.unknown.isdisjoint(outputs.values())
         if not is_open and name not in VALUED and op.kind not in _CONTRACTIONS:
             return
         site = Site(op, self.graph.inputs(op), outputs, self)
@@ -311,8 +322,8 @@ class _Pass:
 class _Names:
     """Names for unnamed lengths, as onnx would go on numbering them."""
 
-    def __init__(self, graph: ModelGraph) -> None:
-        own = {n for tensor in graph.tensors for n in tensor.shape or () if isinstance(n, str)}
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        own = {n for tensor in tensors for n in tensor.shape or () if isinstance(n, str)}
         taken = [int(found[1]) for n in own for found in re.finditer(rf"{ONNX_UNNAMED}(\d{{1,9}})", n)]
         self._next = max(taken, default=-1) + 1
         self._names: dict[str, str] = {}
@@ -327,8 +338,17 @@ class _Names:
 _CONTRACTIONS = frozenset(["matmul", "linear"])
 
 
-def _better(known: Length, new: Length) -> Length:
-    return new if isinstance(known, Product) and (isinstance(new, int) or is_unnamed(known)) else known
+def _better(known: Length | str | None, new: Length) -> Length:
+    """Of what is known of an axis or said of it, and what follows, that which says more."""
+    if isinstance(known, int):
+        return known
+    if known is None or isinstance(new, int):
+        return new
+    if isinstance(known, str):
+        if known.startswith(ONNX_UNNAMED):
+            return new
+        known = read(known)
+    return new if is_unnamed(known) else known
 
 
 def _numbers(shape: Lengths | None) -> Lengths | None:
