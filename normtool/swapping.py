@@ -34,6 +34,7 @@ from normtool.forms import NormForm, norm_forms
 from normtool.graph import ModelGraph, Op, Tensor
 from normtool.norm_affine import WITHOUT_BIAS, Tail
 from normtool.norms import Norm
+from normtool.ops import ATEN, f32
 from normtool.options import FoldOptions, SwapOptions
 from normtool.planner import Fold, Path, Plan, Planner, Progress, Review, Site
 from normtool.proof import prove as prove_fold
@@ -175,6 +176,8 @@ class _Swapper:
         #: why β could not move, and what did
         self.unmoved: dict[NormForm, tuple[Reason, ...]] = {}
         self.moved: dict[NormForm, Fold] = {}
+        #: (constant, place) → what takes its place
+        self.centred: dict[tuple[Tensor | None, Place | None], Value] = {}
         #: norms that are swapped without having been centred
         self.dropped: dict[NormForm, Drop] = {}
         #: γ and β by other numbers, flat, before anything moves
@@ -477,6 +480,7 @@ class _Swapper:
         assert value is not None
         assert not isinstance(value, Reason)
         new: Value = zeros_like(value) if writer.place is None else Centred(value, writer.place)
+        new = self.centred.setdefault((tensor, writer.place), new)  # one constant for all who want the same
         return Rebind(writer.op, writer.slot, new, f"{writer.op.name}.{writer.slot}")
 
     def _centre(self, centre: Centre) -> Tensor:
@@ -499,9 +503,7 @@ class _Swapper:
         axes = list(range(how.fact.place.start, how.fact.place.stop))
         gamma, beta = self.fitted.get(form) or (self._gamma(now), self._beta(now))
         weight = Rounded(self._laid_out(gamma, how, rank), dtype)
-        parts = targets.rms_norm(
-            now.x, axes, rank, now.eps, dtype, weight, self.options.target or targets.PRIMITIVE
-        )
+        parts = targets.rms_norm(now.x, axes, rank, now.eps, dtype, weight, self._target(now, dtype))
         kept_beta = bool(np.any(beta))
         if kept_beta:
             shift = Rounded(self._laid_out(beta, how, rank), dtype)
@@ -531,6 +533,13 @@ class _Swapper:
         )
         self._note(fold, form)
         return fold, graft
+
+    def _target(self, form: NormForm, dtype: np.dtype[Any]) -> str:
+        """ONNX's operators hold ε in float32: what a float64 model spells out with another one stays so."""
+        in_onnx = form.ops[-1].domain != ATEN
+        if in_onnx and dtype == np.float64 and form.eps != f32(form.eps or 0.0):
+            return targets.PRIMITIVE
+        return self.options.target or targets.PRIMITIVE
 
     def _refit_of(self, form: NormForm) -> tuple[Array, Array]:
         """What γ and β by other numbers make of y: a·y + c."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import networkx as nx
 
 from normtool.centring.places import Place, whole
-from normtool.centring.rows import Blocked, ahead, behind
+from normtool.centring.rows import Blocked, ahead, behind, looks_at_numbers
 from normtool.centring.values import is_uniform
 from normtool.constants import Constants
 from normtool.forms import NormForm
@@ -56,6 +56,10 @@ class Writer:
     #: what a copy would add, where others read the same constant
     copied_bytes: int = 0
 
+    def without_copy(self, alike: Collection[Read]) -> "Writer":
+        """The same, where all who read the constant want it so."""
+        return replace(self, copied_bytes=0) if Read(self.op, self.slot) in alike else self
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -84,6 +88,9 @@ class Centring:
     path: tuple[Fact, ...]
     #: it does not: the mean is left out all the same, and the norm no longer computes what it did
     dropped: bool = False
+
+    def without_copies(self, alike: Collection[Read]) -> "Centring":
+        return replace(self, writers=tuple(writer.without_copy(alike) for writer in self.writers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,11 +193,14 @@ class Facts:
         form = self._norm_at.get(op)
         if form is not None and form.x is fact.tensor and form.kind == "layer_norm":
             return self._reached_norm(fact, form)
-        shifted = ahead(self.constants, op, read.slot, fact.place)
+        shifted, outputs = ahead(self.constants, op, read.slot, fact.place), self.graph.outputs(op)
         if isinstance(shifted, Blocked):
-            return shifted.reason
-        outputs = self.graph.outputs(op)
+            return shifted.reason if self.is_looked_at(outputs.values()) else []
         return [Fact(outputs[slot], place) for slot, place in shifted.items() if place is not None]
+
+    def is_looked_at(self, tensors: Iterable[Tensor]) -> bool:
+        """Does anybody read their numbers, and not only their shape?"""
+        return any(looks_at_numbers(read) for tensor in tensors for read in self.graph.readers(tensor))
 
     def _reached_norm(self, fact: Fact, form: NormForm) -> list[Fact] | Reason:
         """A LayerNorm over the same block does not see its mean, unless the mean itself is read."""
@@ -288,7 +298,10 @@ class Facts:
                 swapped[form] = self._follow(form, fact, cut, used)
         reasons = {form: self._against(norms[form], failing, cut) for form in kept}
         centres = tuple(Centre(fact, tuple(readers)) for fact, readers in used.centres.items())
-        return Solution(swapped, reasons, centres, tuple(used.writers.values()), tuple(used.facts))
+        alike = self._alike(used.writers.values())
+        swapped = {form: how.without_copies(alike) for form, how in swapped.items()}
+        writers = tuple(writer.without_copy(alike) for writer in used.writers.values())
+        return Solution(swapped, reasons, centres, writers, tuple(used.facts))
 
     def _closure(self, wanted: Iterable[Fact]) -> list[Fact]:
         """Every fact that the wanted ones follow from, each after those it follows from."""
@@ -327,7 +340,9 @@ class Facts:
         at_any_price: bool,
     ) -> tuple[set[NormForm], set[Fact]]:
         """(norms that are given up, facts that get a Centre)."""
-        copies = {fact: price for fact in known if (price := self._price_of_copy(fact))}
+        sources = [self.source(fact) for fact in known if fact not in failing]
+        alike = self._alike(w for source in sources if isinstance(source, Source) for w in source.writers)
+        copies = {fact: price for fact in known if (price := self._price_of_copy(fact, alike))}
         if not failing and not copies:
             return set(), set()
         flow: nx.DiGraph[object] = nx.DiGraph()
@@ -356,9 +371,20 @@ class Facts:
         found = (fact.tensor for fact, source in self._sources.items() if _is_scaled(source))
         return list(dict.fromkeys(op for tensor in found if (op := self.graph.producer(tensor)) is not None))
 
-    def _price_of_copy(self, fact: Fact) -> int:
+    def _alike(self, writers: Iterable[Writer]) -> frozenset[Read]:
+        """Reads of constants that change for all who read them, and in the same way: no copy is needed."""
+        taken: dict[tuple[Tensor, Place | None], set[Read]] = {}
+        for writer in writers:
+            tensor = self.graph.input(writer.op, writer.slot)
+            assert tensor is not None
+            taken.setdefault((tensor, writer.place), set()).add(Read(writer.op, writer.slot))
+        whole = (reads for (tensor, _), reads in taken.items() if reads.issuperset(self.graph.readers(tensor)))
+        return frozenset(read for reads in whole for read in reads)
+
+    def _price_of_copy(self, fact: Fact, alike: frozenset[Read]) -> int:
         source = self.source(fact)
-        added = sum(writer.copied_bytes for writer in source.writers) if isinstance(source, Source) else 0
+        writers = source.writers if isinstance(source, Source) else ()
+        added = sum(writer.without_copy(alike).copied_bytes for writer in writers)
         return int(CENTRE * added / (COPY_SHARE * self.model_bytes)) if self.model_bytes else 0
 
     # ---- what was decided -----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from normtool.centring.places import Place, from_labels, known_lengths, of_operand
 from normtool.constants import Constants
-from normtool.graph import Op, Tensor
+from normtool.graph import Op, Read, Tensor
 from normtool.reasons import Reason
 from normtool.rules import all_rules
 from normtool.travel import Pass, Stop
@@ -78,6 +78,10 @@ def behind(constants: Constants, op: Op, slot: str, place: Place) -> Answer:
     if op.kind in _BEHIND:
         return _BEHIND[op.kind](call)
     return _moved_back(call) if op.kind in CARRIERS else call.blocked("writes it, and cannot be centred")
+
+
+def looks_at_numbers(read: Read) -> bool:
+    return (read.op.kind, read.slot) not in _BLIND
 
 
 def ahead(constants: Constants, op: Op, slot: str, place: Place) -> Answer:

@@ -32,7 +32,8 @@ class Before:
         changed = [tensor for tensor, found in relations.items() if any(each.kind != "held" for each in found)]
         ops = dict.fromkeys(op for tensor in changed for op in _beside(draft, tensor))
         ops |= dict.fromkeys(read.op for centre in solution.centres for read in centre.readers)
-        ops = {op: None for op in ops if op not in inside and op.kind not in (GRAPH_OUTPUT, "shape", "size")}
+        shown = [op for op in ops if op not in inside and op.kind not in (GRAPH_OUTPUT, "shape", "size")]
+        ops = {op: None for op in shown if facts.is_looked_at(draft.outputs(op).values())}
         forms = {op: form_of(draft, constants, op) for op in ops}
         return cls(forms, {op: draft.outputs(op) for op in ops}, relations)
 

@@ -101,6 +101,8 @@ class _Rewriter:
         self.grafted: set[Key] = set()
         self.names = _all_names(self.proto)
         self.pending: dict[str, Value] = {}
+        #: (id of a graph or function, value) → the constant that was made for it
+        self.stored_already: dict[tuple[int, Value], str] = {}
         # sibling bodies may use one name twice, so a name means something only within its container
         self.displaced: set[Key] = set()
         self.vanished: set[Key] = set()
@@ -513,8 +515,16 @@ class _Rewriter:
         )
 
     def _connect(self, number: int, position: int, wish: str, value: Value) -> None:
-        """Feed an input of a node from a new constant with a name that no scope uses."""
-        name, container = self._fresh(wish), self.containers[number]
+        """Feed an input of a node from a new constant with a name that no scope uses.
+
+        One value that several edits hold is stored once.
+        """
+        container = self.containers[number]
+        if (id(container), value) in self.stored_already:
+            _feed(self.nodes[number], position, self.stored_already[id(container), value])
+            return
+        name = self._fresh(wish)
+        self.stored_already[id(container), value] = name
         # before IR version 4 every initializer had to be listed among the inputs; a body's list is not ours
         listed = self.proto.ir_version < 4
         if isinstance(container, GraphProto) and (container is self.main or not listed):

@@ -109,6 +109,8 @@ class _Rewriter:
         self.aliases = _aliases(model)
         #: (op of the original or edit that made it, slot) → the parameter it reads now
         self.places: dict[tuple[Any, str], str] = {}
+        #: value of an edit → the placeholder that was made for it
+        self.stored_already: dict[Value, fx.Node] = {}
 
     # ---- edits ----------------------------------------------------------------------------
 
@@ -142,7 +144,10 @@ class _Rewriter:
             self.state[old.name] = self._stored_like(content, old)
             self.places[op.source, edit.slot] = old.name
             return
-        placeholder = self._new_placeholder(edit.name, self._parameter(content, like))
+        if edit.value not in self.stored_already:  # one value that several edits hold is stored once
+            parameter = self._parameter(content, like)
+            self.stored_already[edit.value] = self._new_placeholder(edit.name, parameter)
+        placeholder = self.stored_already[edit.value]
         self._set_argument(node, op, edit.slot, placeholder)
         self._note(op.source, edit.slot, placeholder)
 
@@ -515,6 +520,17 @@ class _Rewriter:
                 continue  # an input of the user's
             self.displaced.update(node.all_input_nodes)
             self.graph.erase_node(node)
+        self._remove_namesakes()
+
+    def _remove_namesakes(self) -> None:
+        """Other names of a parameter that is gone: nobody reads them, and they would keep its numbers."""
+        gone = {storage_key(t) for name, t in self.program.state_dict.items() if name not in self.state}
+        for node in list(self.graph.nodes):
+            spec = self.specs.get(node.name) if node.op == "placeholder" else None
+            stored = self.state.get(spec.target) if spec is not None and spec.target is not None else None
+            if spec is not None and not node.users and stored is not None and storage_key(stored) in gone:
+                self._forget(spec)
+                self.graph.erase_node(node)
 
     def _forget(self, spec: InputSpec) -> None:
         del self.specs[spec.arg.name]
