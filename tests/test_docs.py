@@ -140,7 +140,7 @@ def test_the_readme_commands_for_pytorch_run(tmp_path: Path) -> None:
 def test_every_command_of_the_readme_exists() -> None:
     text = (ROOT / "README.md").read_text()
     commands = set(re.findall(r"^\$? ?normtool (\w+)", text, re.MULTILINE))
-    assert commands == {"scan", "fold", "unfold", "convert", "validate", "explain"}
+    assert commands == {"scan", "fold", "swap", "unfold", "convert", "validate", "explain"}
 
 
 # ---- pages ------------------------------------------------------------------------------------
