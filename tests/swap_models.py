@@ -358,7 +358,6 @@ MODELS: tuple[SwapModel, ...] = (
         ),
         _tokens("decoder_input_ids"),
         Expected(24, 24, centres=2),
-        program=Expected(24, 23, centres=2),
     ),
     SwapModel(
         "segformer",
