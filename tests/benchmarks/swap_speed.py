@@ -35,6 +35,11 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {"g
 
 
 def perturbed(model: nn.Module) -> nn.Module:
+    """Biases too: those that are 0 the exporter leaves out, and then a Gemm without one is compared with one
+    that has taken β."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, 0, 0.1)
     for part in model.modules():
         if isinstance(part, nn.LayerNorm):
             nn.init.normal_(part.weight, 1, 0.2)
