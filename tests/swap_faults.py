@@ -4,14 +4,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from normtool import swapping
+from normtool.centring import targets
 from normtool.centring.facts import Fact, Facts, Solution, Source
+from normtool.centring.places import Place
 from normtool.centring.rows import Blocked
-from normtool.edits import Edit, Rebind
+from normtool.centring.values import Centred
+from normtool.edits import Edit, Part, Rebind
+from normtool.graph import Tensor
 from normtool.reasons import Reason
 from normtool.rules import conv
+from normtool.values import Array, Value
 
 Patch = pytest.MonkeyPatch
 
@@ -81,6 +87,50 @@ def _for_the_others(draft: Any, edit: Edit) -> list[Edit]:
         return []
     readers = draft.readers(draft.input(edit.op, edit.slot))
     return [replace(edit, op=read.op, slot=read.slot) for read in readers if read.op is not edit.op]
+
+
+def lose_writer(patch: Patch) -> None:
+    """The plan forgets the first of its writers."""
+    solve = Facts.solve
+
+    def forgetful(self: Facts, *arguments: Any, **options: Any) -> Solution:
+        found = solve(self, *arguments, **options)
+        return replace(found, writers=found.writers[1:])
+
+    patch.setattr(Facts, "solve", forgetful)
+
+
+def centre_halves(patch: Patch) -> None:
+    """Each half of a block loses its own mean."""
+
+    def halved(source: Value, place: Place) -> Centred:
+        return Centred(source, replace(place, outer=2 * place.outer, block=place.block // 2))
+
+    patch.setattr(swapping, "Centred", halved)
+
+
+def centre_another_axis(patch: Patch) -> None:
+    """A Centre op takes the mean of the axis in front."""
+    centre = targets.centre
+    patch.setattr(targets, "centre", lambda x, place: centre(x, place.moved(-1)))
+
+
+def change_epsilon(patch: Patch) -> None:
+    rms_norm = targets.rms_norm
+
+    def other(x: Tensor, axes: Any, rank: int, eps: float, *rest: Any) -> list[Part]:
+        return rms_norm(x, axes, rank, eps + 0.1, *rest)
+
+    patch.setattr(targets, "rms_norm", other)
+
+
+def leave_rows_their_mean(patch: Patch) -> None:
+    """What goes into a table is the RMSNorm of its rows."""
+
+    def rms(gamma: Array, beta: Array, eps: float) -> Callable[[Array], Array]:
+        return lambda x: np.asarray(x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * gamma + beta)
+
+    patch.setattr(swapping, "normalising", rms)
 
 
 def ignore_padding(patch: Patch) -> None:

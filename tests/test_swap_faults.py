@@ -10,7 +10,18 @@ import pytest
 
 import normtool
 from tests import swap_onnx
-from tests.swap_faults import centre_in_place, ignore_padding, listen, lose_centre, silence_the_proof
+from tests.swap_faults import (
+    centre_another_axis,
+    centre_halves,
+    centre_in_place,
+    change_epsilon,
+    ignore_padding,
+    leave_rows_their_mean,
+    listen,
+    lose_centre,
+    lose_writer,
+    silence_the_proof,
+)
 from tests.swap_nets import D, Transformer, feeds_of
 
 pytestmark = pytest.mark.usefixtures("worker_in_this_process")
@@ -35,6 +46,12 @@ def _tied(net: Transformer) -> onnx.ModelProto:
     return net.result(net.node("MatMul", net.norm(x), net.node("Transpose", table, perm=[1, 0])))
 
 
+def _embedded(net: Transformer) -> onnx.ModelProto:
+    """A norm of nothing but a table's rows."""
+    x = net.block(net.norm(net.looked_up(net.table())))
+    return net.result(net.linear(net.norm(x)))
+
+
 def _padded(net: Transformer) -> onnx.ModelProto:
     """Channels last, then a convolution that pads with zeros: β cannot go into it, γ can."""
     y = net.norm(net.linear(net.input([2, 6, 6, D])))
@@ -47,6 +64,8 @@ class Fault:
     name: str
     build: Callable[[Transformer], onnx.ModelProto]
     commit: Callable[[pytest.MonkeyPatch], None]
+    #: without the fault
+    verdicts: frozenset[str] = frozenset(["swapped"])
 
 
 FAULTS = (
@@ -54,13 +73,18 @@ FAULTS = (
     Fault("second-centre-lost", _two_streams, partial(lose_centre, number=1)),
     Fault("tied-table-centred-in-place", _tied, centre_in_place),
     Fault("beta-into-a-padded-conv", _padded, ignore_padding),
+    Fault("writer-lost", _tied, lose_writer),
+    Fault("halves-centred", _padded, centre_halves),
+    Fault("another-axis-centred", _two_streams, centre_another_axis),
+    Fault("another-epsilon", _padded, change_epsilon),
+    Fault("rows-keep-their-mean", _embedded, leave_rows_their_mean, frozenset(["swapped", "folded"])),
 )
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_without_the_fault_all_is_well(fault: Fault) -> None:
     result = normtool.swap(fault.build(Transformer(np.float32)))
-    assert {site.verdict for site in result.sites} == {"swapped"}
+    assert {site.verdict for site in result.sites} == fault.verdicts
     assert result.validation is not None
     assert result.validation.verdict == "equal"
 
