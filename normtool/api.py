@@ -383,6 +383,14 @@ def _read_report(path: Path) -> Any:
         raise UnreadableModel(f"{path}: is no JSON report") from None
 
 
+def _check_inplace(model: Model, inplace: bool) -> None:
+    """Raises UsageError for what cannot be changed in place."""
+    if inplace and not (hasattr(model, "CopyFrom") or hasattr(model, "named_modules")):
+        raise UsageError(
+            "inplace needs an onnx.ModelProto or an nn.Module; save(path, force=True) replaces a file"
+        )
+
+
 def fold(
     model: Model,
     inputs: Inputs = None,
@@ -404,10 +412,7 @@ def fold(
     Raises UnreadableModel, RuntimeRefused (the runtime cannot run the model), BackendUnavailable, UsageError
     (`inplace` on a path or a program; inputs that are missing, or do not fit).
     """
-    if inplace and not (hasattr(model, "CopyFrom") or hasattr(model, "named_modules")):
-        raise UsageError(
-            "inplace needs an onnx.ModelProto or an nn.Module; save(path, force=True) replaces a file"
-        )
+    _check_inplace(model, inplace)
     opened = _with_dataflow(load(model, inputs))
     made = plan(opened, **options)
     result = rewrite(opened, made)
@@ -489,10 +494,7 @@ def swap(
     Raises what `fold` raises; RuntimeRefused also when ONNX cannot convert the model to the opset of the
     target.
     """
-    if inplace and not (hasattr(model, "CopyFrom") or hasattr(model, "named_modules")):
-        raise UsageError(
-            "inplace needs an onnx.ModelProto or an nn.Module; save(path, force=True) replaces a file"
-        )
+    _check_inplace(model, inplace)
     opened, settled = _with_dataflow(load(model, inputs)), SwapOptions(**options)
     result = make_swap(opened, settled, inputs=inputs, device=device, seed=seed)
     if validate and result.changed:

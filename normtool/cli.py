@@ -497,34 +497,13 @@ def fold(
 
     if undo and common.report is None:
         raise UsageError("--undo puts its record into the report; name one with --report FILE.json")
-    if writing.output is None and not dry_run:
-        raise UsageError("fold needs -o OUTPUT, or --dry-run to only see the plan")
-    if not dry_run:
-        writing.check()
-    _check_report(common.report, Path(model), writing.output)
-    options = writing.options(running, opening)
-    with _progress(common.quiet) as progress:
-        progress.step(f"reading {Path(model).name}")
-        opened = opening.load(model, inputs_file=running.inputs_file)
-        timing.check(opened)
-        progress.step("planning and proving")
-        made = api.plan(opened, progress=progress.count, **vars(choosing))
-        result = api.rewrite(opened, made)
-        result = api.with_undo(result) if undo else result
-        timed = functools.partial(
-            timing.timed, running=running, opening=opening, common=common, step=progress.step
-        )
-        if dry_run:
-            result, verdict = timed(result), "equal"
-        else:
-            result, verdict = _write(result, result.changed, writing, options, progress.step, timed)
-    _show(out, [result], result.to_dict(), common)
-    _say_failed_proofs(result.sites)
-    if verdict == "equal":
-        if not (result.changed or dry_run or common.quiet):
-            print("normtool: nothing to fold; the output is the model as it was", file=sys.stderr)
-        return 0
-    return _refuse_output("folded", verdict, writing)
+
+    def make(opened: Any, progress: Any) -> Any:
+        result = api.rewrite(opened, api.plan(opened, progress=progress.count, **vars(choosing)))
+        return api.with_undo(result) if undo else result
+
+    words = ("fold", "folded")
+    return _rewrite(out, model, make, words, dry_run, timing, writing, opening, running, common)
 
 
 @cli.command()
@@ -559,8 +538,30 @@ def swap(
     from normtool import api
 
     settled = swapping.to_options()
+
+    def make(opened: Any, progress: Any) -> Any:
+        return api.make_swap(opened, settled, progress.count, **running.to_validation(opening))
+
+    words = ("swap", "swapped")
+    return _rewrite(out, model, make, words, dry_run, timing, writing, opening, running, common)
+
+
+def _rewrite(
+    out: TextIO,
+    model: str,
+    make: Callable[[Any, Any], Any],
+    words: tuple[str, str],
+    dry_run: bool,
+    timing: Timing,
+    writing: Writing,
+    opening: Opening,
+    running: Running,
+    common: Common,
+) -> int:
+    """What `fold` and `swap` have in common: `make` plans and carries out, from a model and a progress bar."""
+    verb, done = words
     if writing.output is None and not dry_run:
-        raise UsageError("swap needs -o OUTPUT, or --dry-run to only see the plan")
+        raise UsageError(f"{verb} needs -o OUTPUT, or --dry-run to only see the plan")
     if not dry_run:
         writing.check()
     _check_report(common.report, Path(model), writing.output)
@@ -570,7 +571,7 @@ def swap(
         opened = opening.load(model, inputs_file=running.inputs_file)
         timing.check(opened)
         progress.step("planning and proving")
-        result = api.make_swap(opened, settled, progress.count, **running.to_validation(opening))
+        result = make(opened, progress)
         timed = functools.partial(
             timing.timed, running=running, opening=opening, common=common, step=progress.step
         )
@@ -584,9 +585,9 @@ def swap(
         print(f"normtool: {result.approximation.summary(result.plan)}", file=sys.stderr)
     if verdict == "equal":
         if not (result.changed or dry_run or common.quiet):
-            print("normtool: nothing to swap; the output is the model as it was", file=sys.stderr)
+            print(f"normtool: nothing to {verb}; the output is the model as it was", file=sys.stderr)
         return 0
-    return _refuse_output("swapped", verdict, writing)
+    return _refuse_output(done, verdict, writing)
 
 
 @cli.command()

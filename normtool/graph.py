@@ -209,6 +209,11 @@ class ModelGraph:
     def readers(self, tensor: Tensor) -> list[Read]:
         return [Read(op, slot) for op, slots in self._succ[tensor].items() for slot in slots]
 
+    def beside(self, tensor: Tensor) -> list[Op]:
+        """The op that makes a tensor, and those that read it."""
+        producer = self.producer(tensor)
+        return [*([] if producer is None else [producer]), *(read.op for read in self.readers(tensor))]
+
     def rank(self, tensor: Tensor) -> int | None:
         """Number of axes, from the recorded shape or from what an op must produce."""
         for _ in range(64):  # a chain of elementwise ops; longer ones are simply unknown

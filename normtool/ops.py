@@ -524,6 +524,11 @@ UNKNOWN = "unknown"
 #: Kind of a call of a function that the model itself defines.
 CALL = "call"
 
+#: (kind, slot) of reads that look at the shape of a tensor, or at its dtype, and at none of its numbers.
+SHAPE_ONLY = frozenset(
+    [("shape", "x"), ("size", "x"), ("cast_like", "like"), ("reshape", "other"), ("expand", "other")]
+)
+
 ROWS: Mapping[str, OpRow] = {row.kind: row for row in TABLE}
 
 _SPELLINGS: dict[tuple[str, str], list[tuple[Spelling, OpRow]]] = {}

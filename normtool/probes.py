@@ -344,19 +344,6 @@ def _ranked(known: _Known) -> dict[Tensor, int]:
     }
 
 
-def _apart_from(known: _Known, own: Iterable[int]) -> Settled:
-    """Axes the op works along keep their lengths, and those of the maps; others are small in every operand."""
-    kept = set(own)
-    shapes = {}
-    for slot, tensor in known.form.data.items():
-        fixed = known.fixed(tensor)
-        shapes[slot] = tuple(
-            fixed.get(axis, (length or _SMALL) if axis in kept else _SMALL)
-            for axis, length in enumerate(known.shapes.lengths(tensor))
-        )
-    return Settled(shapes)
-
-
 def _joined(known: _Known) -> Settled:
     """Concat: the axes of every map agree over the parts and with the whole."""
     first = next(iter(known.form.data.values()))

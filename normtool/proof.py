@@ -4,9 +4,8 @@ A fold says of every tensor on its way what that will hold: new = α(old), or ol
 each op alone is: given inputs in their new form, the op as it will be puts out the new form of its output. Two
 checks, both independent of the rules that are judged:
 
-(a) equations: each op, as it was and as it will be, in float64 from the operators' definitions (`semantics`),
-on
-    random input with small lengths. Before any rounding both sides agree to 1e-12 of each channel.
+(a) equations: each op, as it was and as it will be, in float64 from the operators' definitions (`semantics`)
+    on random input with small lengths. Before any rounding both sides agree to 1e-12 of each channel.
 (b) coefficients: every number that will be stored lies within half an ulp (of its own dtype) of what the
     equations were checked with, and none has left the range of that dtype.
 """

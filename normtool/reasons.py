@@ -38,9 +38,8 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "Nothing. `proof` in the JSON report says how it was checked.",
     ),
     "lowered": (
-        "The norm could not be folded, and has become other ops, as `--lower` asked: Mul and Add, "
-        "a depthwise 1×1 Conv, "
-        "or an Add whose scale went through a ReLU.",
+        "The norm could not be folded, and has become other ops, as `--lower` asked: Mul and Add, a depthwise "
+        "1×1 Conv, or an Add whose scale went through a ReLU.",
         "Nothing. Without `--lower` it is kept, and ONNX Runtime runs a BatchNorm faster than Mul + Add.",
     ),
     "restored": (
@@ -146,9 +145,8 @@ EXPLANATIONS: Mapping[str, tuple[str, str]] = {
         "Nothing: equal sizes do not make equal axes.",
     ),
     "padded_shift": (
-        "An op on the way pads with a constant (or counts its padding), which the norm's shift "
-        "does not reach: inside "
-        "it would be right, at the border wrong.",
+        "An op on the way pads with a constant (or counts its padding), which the norm's shift does not reach: "
+        "inside it would be right, at the border wrong.",
         "The scale can still move, and one Add stays. `--border-maps` puts the exact shift of every position "
         "into a constant, where the height and width are fixed.",
     ),

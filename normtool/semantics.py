@@ -167,20 +167,15 @@ def _attention(call: Call) -> Array:
     return np.asarray(_softmax_of(scores, -1) @ v)
 
 
-def _reduce_mean(call: Call) -> Array:
-    x, axes = call.array("x"), call.integers("axes")
-    if not axes and call.attribute("noop_with_empty_axes", 0):
-        return x
-    keep = bool(call.attribute("keepdims", 1))
-    return np.asarray(x.mean(axis=tuple(axes) if axes else None, keepdims=keep))
+def _reduction(function: Callable[..., Array]) -> Callable[[Call], Array]:
+    def reduced(call: Call) -> Array:
+        x, axes = call.array("x"), call.integers("axes")
+        if not axes and call.attribute("noop_with_empty_axes", 0):
+            return x
+        keep = bool(call.attribute("keepdims", 1))
+        return np.asarray(function(x, axis=tuple(axes) if axes else None, keepdims=keep))
 
-
-def _reduce_sum(call: Call) -> Array:
-    x, axes = call.array("x"), call.integers("axes")
-    if not axes and call.attribute("noop_with_empty_axes", 0):
-        return x
-    keep = bool(call.attribute("keepdims", 1))
-    return np.asarray(x.sum(axis=tuple(axes) if axes else None, keepdims=keep))
+    return reduced
 
 
 def _var_mean(call: Call) -> dict[str, Array]:
@@ -352,8 +347,8 @@ _DEFINITIONS: Mapping[str, Callable[[Call], Array | list[Array] | dict[str, Arra
     "global_average_pool": windows.global_average_pool,
     "adaptive_average_pool": windows.adaptive_average_pool,
     "max_pool": windows.max_pool,
-    "reduce_mean": _reduce_mean,
-    "reduce_sum": _reduce_sum,
+    "reduce_mean": _reduction(np.mean),
+    "reduce_sum": _reduction(np.sum),
     "var": _var_mean,
     "var_mean": _var_mean,
     "quantize_linear": _quantize_linear,

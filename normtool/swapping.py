@@ -47,8 +47,8 @@ from normtool.walk import Stopped
 #: model.
 TABLE_SHARE = 0.05
 
-#: Modes; the last does not keep the function.
-EXACT, CENTRE, APPROXIMATE = "exact", "centre", "approximate"
+#: Modes of which the plan knows; the last does not keep the function.
+CENTRE, APPROXIMATE = "centre", "approximate"
 
 
 @dataclass(frozen=True, eq=False)
@@ -467,7 +467,7 @@ class _Swapper:
                 steps.leaving(was.y),
                 self._refit_of(form) if form in self.fitted else None,
             )
-            around = {op for fact in how.path for op in _ops_beside(self.draft, fact.tensor)}
+            around = {op for fact in how.path for op in self.draft.beside(fact.tensor)}
             refitted = self.shown_by.get(fold.path, [])
             self.shown_by[fold.path] = [*refitted, swapped, *(after[op] for op in after if op in around)]
             folds[form] = fold
@@ -640,8 +640,3 @@ def _uncentred(fact: Fact | Reason) -> Centring:
 def _without_mean(how: Centring) -> tuple[Relation, ...]:
     """What is assumed of the input of a norm that is dropped."""
     return (Relation(how.fact.place, "held"),) if how.dropped else ()
-
-
-def _ops_beside(graph: ModelGraph, tensor: Tensor) -> list[Op]:
-    producer = graph.producer(tensor)
-    return [*([] if producer is None else [producer]), *(read.op for read in graph.readers(tensor))]

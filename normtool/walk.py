@@ -16,6 +16,7 @@ from normtool.affine import Affine
 from normtool.constants import Constants
 from normtool.edits import Edit, Insert, Rebind, Replace, Splice
 from normtool.graph import GRAPH_OUTPUT, ModelGraph, Op, Read, Tensor
+from normtool.ops import SHAPE_ONLY
 from normtool.reasons import Reason
 from normtool.travel import Absorb, Answer, Answers, Merge, Pass, Rule, Stop, stop
 from normtool.values import Array, Rounded
@@ -28,11 +29,6 @@ NONLINEAR = frozenset(
     """relu leaky_relu prelu clip sigmoid tanh gelu hard_sigmoid hard_swish silu mish elu softplus erf softmax
     max_pool pow sqrt layer_norm rms_norm instance_norm group_norm local_response_norm lp_norm
     mean_variance_norm""".split()
-)
-
-#: Ops that look at the shape of a tensor, or at its dtype, and at none of its numbers.
-_BLIND = frozenset(
-    [("shape", "x"), ("cast_like", "like"), ("size", "x"), ("reshape", "other"), ("expand", "other")]
 )
 
 
@@ -262,7 +258,7 @@ class Walk:
 
     def _unharmed(self, read: Read, affine: Affine) -> bool:
         """Does this reader put out the same, whether it gets x or α(x)?"""
-        if affine.is_identity or (read.op.kind, read.slot) in _BLIND:
+        if affine.is_identity or (read.op.kind, read.slot) in SHAPE_ONLY:
             return True
         rule = self.around.rules.get(read.op.kind)
         if rule is None or read.op.scope != self.graph.input(read.op, read.slot).scope:  # type: ignore[union-attr]
@@ -289,7 +285,7 @@ class Walk:
         if foreign:
             raise Stopped(*foreign)
         for read in readers:
-            if (read.op.kind, read.slot) not in _BLIND:
+            if (read.op.kind, read.slot) not in SHAPE_ONLY:
                 self._enqueue(read.op, ahead=True)
 
     def _ask_forward(self, op: Op) -> tuple[Answer, ...]:

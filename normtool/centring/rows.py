@@ -20,6 +20,7 @@ from typing import TypeAlias
 from normtool.centring.places import Place, from_labels, known_lengths, of_operand
 from normtool.constants import Constants
 from normtool.graph import Op, Read, Tensor
+from normtool.ops import SHAPE_ONLY
 from normtool.reasons import Reason
 from normtool.rules import all_rules
 from normtool.travel import Pass, Stop
@@ -81,13 +82,13 @@ def behind(constants: Constants, op: Op, slot: str, place: Place) -> Answer:
 
 
 def looks_at_numbers(read: Read) -> bool:
-    return (read.op.kind, read.slot) not in _BLIND
+    return (read.op.kind, read.slot) not in SHAPE_ONLY
 
 
 def ahead(constants: Constants, op: Op, slot: str, place: Place) -> Answer:
     """Outputs that are shifted when the input at `slot` is. Empty: op puts out what it did."""
     call = Call(constants, op, slot, place)
-    if (op.kind, slot) in _BLIND:
+    if (op.kind, slot) in SHAPE_ONLY:
         return {}
     if op.kind in _AHEAD:
         return _AHEAD[op.kind](call)
@@ -100,11 +101,6 @@ def ahead(constants: Constants, op: Op, slot: str, place: Place) -> Answer:
 CARRIERS = frozenset(
     """identity dropout cast cast_like transpose reshape flatten squeeze unsqueeze expand split slice select
     embedding gather_nd index tile""".split()
-)
-
-#: Ops that look at the shape of a tensor, or at its dtype, and at none of its numbers.
-_BLIND = frozenset(
-    [("shape", "x"), ("size", "x"), ("cast_like", "like"), ("reshape", "other"), ("expand", "other")]
 )
 
 

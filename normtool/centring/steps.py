@@ -30,7 +30,7 @@ class Before:
         relations = _relations(draft, facts, solution)
         inside = {op for form in norms for op in form.ops}
         changed = [tensor for tensor, found in relations.items() if any(each.kind != "held" for each in found)]
-        ops = dict.fromkeys(op for tensor in changed for op in _beside(draft, tensor))
+        ops = dict.fromkeys(op for tensor in changed for op in draft.beside(tensor))
         ops |= dict.fromkeys(read.op for centre in solution.centres for read in centre.readers)
         shown = [op for op in ops if op not in inside and op.kind not in (GRAPH_OUTPUT, "shape", "size")]
         ops = {op: None for op in shown if facts.is_looked_at(draft.outputs(op).values())}
@@ -61,11 +61,6 @@ class Before:
         """The relation of what is read where `tensor` was read, or of that behind a Centre op."""
         own = self.leaving(tensor)
         return own if centre is None else (*own, Relation(centre.place, "centred"))
-
-
-def _beside(draft: Draft, tensor: Tensor) -> list[Op]:
-    producer = draft.producer(tensor)
-    return [*([] if producer is None else [producer]), *(read.op for read in draft.readers(tensor))]
 
 
 def _relations(draft: Draft, facts: Facts, solution: Solution) -> Relations:

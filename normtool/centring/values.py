@@ -33,11 +33,10 @@ class _Wide:
 
 
 @dataclass(frozen=True, eq=False)
-class Centred(_Wide):
-    """P·source: the mean over the place's block subtracted, in float64 at least, and rounded once."""
+class _Changed(_Wide):
+    """Other numbers in the shape and dtype of `source`."""
 
     source: Value
-    place: Place
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,6 +46,16 @@ class Centred(_Wide):
     def dtype(self) -> np.dtype[Any]:  # type: ignore[override]
         return self.source.dtype
 
+    def _wide(self, start: int, stop: int) -> Array:
+        return widened(exact_rows(self.source, start, stop), working_dtype(self.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Centred(_Changed):
+    """P·source: the mean over the place's block subtracted, in float64 at least, and rounded once."""
+
+    place: Place
+
     def exact_rows(self, start: int, stop: int) -> Array:
         wide = self._wide(start, stop)
         if self.place.start > 0:
@@ -54,9 +63,6 @@ class Centred(_Wide):
         if self.place.stop > 1:  # the block lies across rows of several axes
             return self.place.centred(self._wide(0, self.shape[0]))[start:stop]
         return np.asarray(wide - self._means[self._groups(start, stop)])
-
-    def _wide(self, start: int, stop: int) -> Array:
-        return widened(exact_rows(self.source, start, stop), working_dtype(self.dtype))
 
     def _groups(self, start: int, stop: int) -> Array:
         """The mean that belongs to each row: rows are (outer, block, inner)."""
@@ -87,22 +93,13 @@ class Zeros(_Wide):
 
 
 @dataclass(frozen=True, eq=False)
-class RowWise(_Wide):
+class RowWise(_Changed):
     """A table whose rows (numbers along its last axis) have gone through a function."""
 
-    source: Value
     function: Callable[[Array], Array]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:  # type: ignore[override]
-        return self.source.dtype
-
     def exact_rows(self, start: int, stop: int) -> Array:
-        return self.function(widened(exact_rows(self.source, start, stop), working_dtype(self.dtype)))
+        return self.function(self._wide(start, stop))
 
 
 def zeros_like(value: Value) -> Zeros:

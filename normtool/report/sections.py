@@ -168,19 +168,10 @@ def _proofs(sites: tuple[Site, ...]) -> list[Section]:
 
 
 def _rewrite(rewrite: Rewrite, verbose: bool) -> list[Section]:
-    before, after = rewrite.before, rewrite.after
-    rows = tuple(
-        (role, _count(old), _count(new), f"{new - old:+,}")
-        for role, old, new in (
-            ("learnable", before.learnable, after.learnable),
-            ("buffers", before.buffers, after.buffers),
-            ("constants", before.constants, after.constants),
-        )
-    )
     found = _sites(rewrite.sites, verbose)
     if rewrite.approximation is not None and not rewrite.exact:
         found.append(_approximation(rewrite.approximation))
-    found.append(Section("Parameters", ("role", "before", "after", "change"), rows, _COUNTS))
+    found.append(_parameters(rewrite.before, rewrite.after, "learnable", "buffers", "constants"))
     if rewrite.validation is not None:
         found += _comparison(rewrite.validation, verbose)
     if rewrite.benchmark is not None:
@@ -188,6 +179,12 @@ def _rewrite(rewrite: Rewrite, verbose: bool) -> list[Section]:
     if rewrite.lints:
         found.append(Section("In ONNX Runtime", ("code", "message", "where"), rewrite.lints))
     return [*found, *_written(rewrite.outputs)]
+
+
+def _parameters(before: Census, after: Census, *roles: str) -> Section:
+    counts = ((role, getattr(before, role), getattr(after, role)) for role in roles)
+    rows = tuple((role, _count(old), _count(new), f"{new - old:+,}") for role, old, new in counts)
+    return Section("Parameters", ("role", "before", "after", "change"), rows, _COUNTS)
 
 
 def _approximation(approximation: "Approximation") -> Section:
@@ -201,17 +198,9 @@ def _approximation(approximation: "Approximation") -> Section:
 
 
 def _restoration(restoration: Restoration, verbose: bool) -> list[Section]:
-    before, after = restoration.before, restoration.after
-    rows = tuple(
-        (role, _count(old), _count(new), f"{new - old:+,}")
-        for role, old, new in (
-            ("learnable", before.learnable, after.learnable),
-            ("buffers", before.buffers, after.buffers),
-        )
-    )
     names = tuple((name, RESTORED) for name in restoration.norms)
     found = [Section("Sites", ("name", "verdict"), names)]
-    found.append(Section("Parameters", ("role", "before", "after", "change"), rows, _COUNTS))
+    found.append(_parameters(restoration.before, restoration.after, "learnable", "buffers"))
     if restoration.validation is not None:
         found += _comparison(restoration.validation, verbose)
     return [*found, *_written(restoration.outputs)]

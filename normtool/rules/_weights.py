@@ -10,7 +10,7 @@ from normtool.constants import Constants
 from normtool.edits import Rebind
 from normtool.graph import Op
 from normtool.travel import Maps, Operands, Stop, mismatch, stop
-from normtool.values import EXTENDED, Array, Computed, Rounded, Value, exact_rows, row_blocks
+from normtool.values import Array, Computed, Rounded, Value, exact_rows, row_blocks
 
 
 def rebound_bias(
@@ -64,7 +64,3 @@ def static_weight(operands: Operands, slot: str) -> Value | Stop:
     """The constant weight, or all reasons why the op's constants cannot be changed."""
     weight = operands.value(slot)
     return operands.stop() if weight is None or operands.reasons else weight
-
-
-def as_extended(array: Array) -> Array:
-    return array.astype(EXTENDED, copy=False)
