@@ -27,8 +27,7 @@ from normtool.reasons import Reason
 from normtool.values import byte_count
 
 #: What is lost with a norm that is kept, and what a Centre costs. A LayerNorm takes about 35 µs where an
-#: RMSNorm takes 20 and a Centre 16 (1×128×768 on one core), so a Centre has to serve two norms. Ties go to the
-#: swap.
+#: RMSNorm takes 20 and a Centre 16 (1×128×768, one core), so a Centre has to serve two norms. Ties: swap.
 NORM, CENTRE = 100, 199
 
 #: In mode `centre` a norm is worth any number of Centres, but none that cannot be put in.

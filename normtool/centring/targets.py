@@ -1,10 +1,11 @@
 """How an RMSNorm and a Centre are spelled in the model that is written.
 
     onnx        RMSNormalization, an operator since opset 23
-    primitive   Pow, ReduceMean, Add, Sqrt, Div, Mul: ONNX Runtime fuses exactly this (and nothing with a
-    Reciprocal) ort         SimplifiedLayerNormalization, ONNX Runtime's own operator
+    primitive   Pow, ReduceMean, Add, Sqrt, Div, Mul: ONNX Runtime fuses this, and nothing with a Reciprocal
+    ort         SimplifiedLayerNormalization, ONNX Runtime's own operator
 
-Statistics of 16-bit data are taken in float32, as LayerNormalization does (`stash_type`).
+An RMSNorm of 16-bit data takes its statistics in float32, as LayerNormalization does (`stash_type`); a Centre op
+works in the precision of the model.
 """
 
 from collections.abc import Sequence
