@@ -43,7 +43,7 @@ from normtool.reasons import APPROXIMATED, FOLDED, KEPT, SWAPPED, Reason
 from normtool.values import Array, Rounded, Value, byte_count, element_count, exact_array, is_float
 from normtool.walk import Stopped
 
-#: A norm goes into a table that others read too (a tied head) where the copy is at most this share of the model.
+#: A norm goes into a table that others read too (a tied head) if the copy is at most this share of the model.
 TABLE_SHARE = 0.05
 
 #: Modes of which the plan knows; the last does not keep the function.

@@ -4,8 +4,8 @@
     primitive   Pow, ReduceMean, Add, Sqrt, Div, Mul: ONNX Runtime fuses this, and nothing with a Reciprocal
     ort         SimplifiedLayerNormalization, ONNX Runtime's own operator
 
-An RMSNorm of 16-bit data takes its statistics in float32, as LayerNormalization does (`stash_type`); a Centre op
-works in the precision of the model.
+An RMSNorm of 16-bit data takes its statistics in float32, as LayerNormalization does (`stash_type`); a Centre
+op works in the precision of the model.
 """
 
 from collections.abc import Sequence
